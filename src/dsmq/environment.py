@@ -24,7 +24,7 @@ _MAX_TEXT_BYTES = 1_048_576
 PREFIX = "DSMQ_"
 # Variables that are not settings: the configuration file, and the servers that clients connect to.
 _OTHERS = ("config", "server")
-# What `dsmq work` sets for its command, which may use this package, too.
+# Variables that `dsmq work` sets for its command, which may use this package, too.
 _OF_JOBS = ("topic_name", "job_id", "attempt")
 # Settings that only the configuration file can contain.
 FILE_ONLY = ("topic",)

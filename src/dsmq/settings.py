@@ -88,7 +88,8 @@ class Settings(BaseSettings):
     http_port: HTTPPort = 30009
     """TCP port of the HTTP endpoint. 0: any free port. "off": no HTTP endpoint."""
     metrics_topics: Annotated[int, Field(ge=0, le=1000)] = 0
-    """Number of topics with their own metrics: those with the most puts. The rest are summed up as `other`."""
+    """Number of topics with their own metrics: those with the most puts. The rest are summed up as `other`.
+    As many groups of workers have their own metrics."""
     health_timeout_seconds: Timeout = 10.0
     """How long a thread may be unresponsive before /healthz fails."""
     max_age_seconds: Age = 600.0

@@ -6,12 +6,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from conftest import SOON, Wire, serving, wait_until, wire_to
+from dsmq.broker.jobs import PendingTake, TakeQueues
 from dsmq.errors import Full, ReplyError
 from dsmq.server import Server
+from dsmq.store.group_figures import MAX_FIRST
 from dsmq.wire.resp import encode_request
 from security import READER, WRITER, wire_as
 
@@ -30,6 +34,11 @@ def call(wire: Wire, text: str) -> object:
 def ids(reply: object) -> list[object]:
     assert isinstance(reply, list), reply
     return reply[1::7]
+
+
+def pairs(reply: object) -> dict[str, object]:
+    assert isinstance(reply, list), reply
+    return {name.decode(): value for name, value in zip(reply[::2], reply[1::2], strict=True)}
 
 
 def code(reply: object) -> str:
@@ -154,6 +163,18 @@ def test_turn_passes_on_when_a_waiting_worker_disconnects(threaded: Server) -> N
         workers[2].close()
         wait_until(lambda: threaded.status.waiting() == 0)
         assert call(wire, "TAKE t w 60000") == []
+
+
+def test_turn_passes_on_past_a_worker_that_ends_before_it_learns_of_its_turn() -> None:
+    posted: list[object] = []
+    connection = cast("Any", SimpleNamespace(loop=SimpleNamespace(post=lambda call: posted.append(call.func.__self__))))
+    queues = TakeQueues()
+    takes = [PendingTake(b"t", 0, 1, 1, 1, cast("Any", None), group=b"w") for _ in range(3)]
+    for one in takes:
+        one.is_first = queues.add(one, connection)
+    for one in takes[:2]:
+        queues.remove(one, connection)
+    assert posted == takes[1:]
 
 
 def test_worker_that_does_not_wait_takes_no_job_from_one_that_does(server: Server, wire: Wire) -> None:
@@ -282,3 +303,59 @@ def test_too_many_waiting_workers_get_busy() -> None:
         assert code(call(wire, "TAKE t w 60000 WAIT 60000")) == "BUSY"
         wire.call("PUT", "t", "x")
         assert ids(first.receive()) == [1]
+
+
+# Figures
+
+
+def test_stats_describe_the_groups_of_a_topic(wire: Wire, server: Server) -> None:
+    assert not [name for name in pairs(wire.call("STATS", "t")) if ":" in name]
+    for body in "abc":
+        wire.call("PUT", "t", body)
+    call(wire, "TAKE t workers 60000 COUNT 2")
+    call(wire, "TAKE t* workers 60000")
+    call(wire, "DONE t workers 1 1")
+    call(wire, "RETURN t workers 2 1 60000")
+    with wire_to(server) as waiting:
+        send(waiting, "TAKE t others:1 60000 COUNT 3")
+        waiting.receive()
+        send(waiting, "TAKE t others:1 60000 WAIT 60000")
+        wait_until(lambda: pairs(wire.call("STATS", "t"))["others:1:waiting_workers"] == 1)
+        found = pairs(wire.call("STATS", "t"))
+    names = [name for name in found if name.startswith("workers:")]
+    assert {name.removeprefix("workers:"): found[name] for name in names if found[name]} == {
+        "waiting": 1,
+        "again": 1,
+        "taken": 2,
+        "done": 1,
+        "oldest_age_ms": found["workers:oldest_age_ms"],
+    }
+    assert (found["others:1:held"], found["others:1:waiting"]) == (3, 0)
+
+
+def test_info_describes_groups(wire: Wire) -> None:
+    hostile = "t\r\ngroup1:x\u2028*"
+    wire.call("PUT", "t", "x")
+    call(wire, "TAKE t workers 60000")
+    wire.call("TAKE", hostile, "w", "60000")
+    call(wire, "DONE t workers 1 1")
+    reply = wire.call("INFO", "groups")
+    assert isinstance(reply, bytes)
+    head, *lines = reply.decode().splitlines()
+    found = dict(line.partition(":")[::2] for line in lines if line)
+    assert head == "# Groups"
+    assert (found["groups"], found["jobs_taken"], found["jobs_done"]) == ("2", "1", "1")
+    assert found["group0"] == (
+        "waiting=0,held=0,again=0,taken=1,repeated=0,done=1,failed=0,unmoved=0,expired=0,dropped=0,oldest_age_ms=0,"
+        "name=workers,topic=t"
+    )
+    assert found["group1"].endswith(r",name=w,topic=t\r\ngroup1:x\u2028*")
+    assert len(found) == 10
+
+
+def test_info_describes_a_few_groups_in_a_short_time(wire: Wire) -> None:
+    for number in range(MAX_FIRST + 5):
+        call(wire, f"TAKE t {number} 60000")
+    lines = str(wire.call("INFO", "groups")).split(r"\r\n")
+    assert 0 < sum(line.startswith("group") and line[5].isdigit() for line in lines) <= MAX_FIRST
+    assert len([name for name in pairs(wire.call("STATS", "t")) if name.endswith(":held")]) <= MAX_FIRST

@@ -44,11 +44,11 @@ class Loss:
 
 
 def check(history: History) -> list[Violation]:
-    """Return the violations in a history."""
-    return list(_Check(history).run())
+    """Return the violations in a history of writers and readers."""
+    return list(Check(history).run())
 
 
-class _Check:
+class Check:
     def __init__(self, history: History) -> None:
         self.history = history
         self.servers = sorted(history.of(Server), key=lambda server: server.began)
@@ -157,7 +157,7 @@ class _Check:
         found = (one.epoch for one in self.servers if put.began < one.ended and ended > one.began)
         return list(dict.fromkeys(found))
 
-    def _loss_of(self, put: Put) -> Loss | None:
+    def loss_of(self, put: Put) -> Loss | None:
         """Return the losses that may include a put that has returned."""
         epochs = self._epochs_of(put.body)
         for loss in self.losses:
@@ -168,7 +168,7 @@ class _Check:
 
     def _losses(self) -> Iterator[Violation]:
         for put in self.puts.values():
-            if put.id is not None and (loss := self._loss_of(put)) and put.ended < loss.server.kept_until:
+            if put.id is not None and (loss := self.loss_of(put)) and put.ended < loss.server.kept_until:
                 yield Violation("lost", "a put that the next life must keep is lost", (put, loss.server))
         for one, following in pairwise(self.servers):
             if one.kept_until == math.inf and (one.epoch, one.run) != (following.epoch, following.run):
@@ -298,7 +298,7 @@ class _Check:
             put
             for put, taken in self._due(reader, topic)
             if taken == math.inf and put.ended < finished < put.began + self.history.max_age
-            if self._loss_of(put) is None
+            if self.loss_of(put) is None
         ]
         excused = self._excused(reader, topic, missing) if missing else set()
         for put in missing:
@@ -341,7 +341,7 @@ class _Check:
         """Return whether a completed put was stored throughout the call."""
         if empty.ended - put.began >= self.history.max_age:
             return False
-        loss = self._loss_of(put)
+        loss = self.loss_of(put)
         # A killed server died some time before its end was noticed.
         return loss is None or empty.ended < loss.server.ended - AGE_SLACK_SECONDS
 

@@ -122,8 +122,91 @@ class Held:
     """Id, number and body of each, in the order in which the server returns them."""
 
 
-Event: TypeAlias = Put | Got | Empty | Broken | Reader | Server | Died | Held
-KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in (Put, Got, Empty, Broken, Reader, Server, Died, Held)}
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A TAKE, recorded before it is sent, and each time it is sent again."""
+
+    worker: str
+    key: str
+    """The topic or pattern."""
+    group: str
+    token: str
+    began: float
+    lease: float
+    wait: float = 0.0
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A job given to a worker."""
+
+    worker: str
+    key: str
+    group: str
+    token: str
+    topic: str
+    id: int
+    attempt: int
+    body: str
+    began: float
+    sent: float
+    """When the request was sent for the last time; the lease begins later."""
+    ended: float
+    lease: float
+
+
+@dataclass(frozen=True, slots=True)
+class NoJob:
+    """A TAKE that got no job."""
+
+    worker: str
+    key: str
+    group: str
+    token: str
+    began: float
+    sent: float
+    ended: float
+    wait: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """DONE, RETURN or EXTEND: recorded before it is sent, and again with the reply."""
+
+    worker: str
+    key: str
+    group: str
+    verb: str
+    id: int
+    attempt: int
+    body: str
+    began: float
+    ended: float = math.inf
+    reply: str = ""
+    """OK, JOBLOST, or empty if it is unknown."""
+    sends: int = 0
+    seconds: float = 0.0
+    """The delay or the new lease."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobFailed:
+    """A message found in the topic for failed jobs."""
+
+    topic: str
+    """The topic of the job."""
+    body: str
+    max_attempts: int
+
+
+Event: TypeAlias = (
+    Put | Got | Empty | Broken | Reader | Server | Died | Held | Sent | Taken | NoJob | Settled | JobFailed
+)
+KINDS: dict[str, type[Event]] = {
+    kind.__name__: kind
+    for kind in (Put, Got, Empty, Broken, Reader, Server, Died, Held, Sent, Taken, NoJob, Settled, JobFailed)
+}
 E = TypeVar("E")
 
 
@@ -132,6 +215,8 @@ class History:
     """Events, in the order in which each thread recorded them."""
 
     max_age: float = 600.0
+    has_holes: bool = False
+    """Whether connections may go silent, so that the server continues to serve them."""
     events: list[Event] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
@@ -151,8 +236,11 @@ class History:
 
 
 def _lines(events: Iterable[Event]) -> Iterator[str]:
-    for event in events:
-        yield json.dumps({"kind": type(event).__name__, **asdict(event)})
+    return map(as_line, events)
+
+
+def as_line(event: Event) -> str:
+    return json.dumps({"kind": type(event).__name__, **asdict(event)})
 
 
 def _event(line: str) -> Event:

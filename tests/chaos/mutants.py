@@ -1,12 +1,17 @@
-"""`dsmq serve` with a deliberate defect that the scenarios must find: `mutants.py NAME`."""
+"""`dsmq serve` with a deliberate defect that the scenarios must find: `mutants.py NAME...`."""
 
 from __future__ import annotations
 
 import random
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parent.parent)
+
+from chaos.job_mutants import JOB_MUTANTS, leases_end_soon
 from dsmq.__main__ import main
 from dsmq.store.api import Message, Put
 from dsmq.store.sqlite import SQLiteStore
@@ -154,9 +159,12 @@ MUTANTS = {
     swaps: "calm",
     repeats: "calm",
     renames: "calm",
+    **JOB_MUTANTS,
 }
 
 if __name__ == "__main__":
-    {change.__name__: change for change in (*MUTANTS, *SHARED_MUTANTS, forgets_soon)}[sys.argv[1]]()
+    known = {change.__name__: change for change in (*MUTANTS, *SHARED_MUTANTS, forgets_soon, leases_end_soon)}
+    for name in sys.argv[1:]:
+        known[name]()
     sys.argv[1:] = ["serve"]
     sys.exit(main())

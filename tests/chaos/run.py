@@ -14,10 +14,12 @@ from attacks.rig import progress
 from chaos import figures
 from chaos.checker import summary
 from chaos.cluster_scenarios import SHARED_SCENARIOS
+from chaos.job_scenarios import JOB_SCENARIOS
 from chaos.mutants import MUTANTS, SHARED_MUTANTS
 from chaos.scenarios import SCENARIOS
 from chaos.stage import NotHere, Outcome, Stage
 
+ALL = SCENARIOS | JOB_SCENARIOS | SHARED_SCENARIOS
 # Violations shown per round; the history has all of them.
 SHOWN = 3
 
@@ -25,7 +27,7 @@ SHOWN = 3
 def play(name: str, seed: int, *, quick: bool = False, keep: Path | None = None, mutant: str = "") -> Outcome:
     """Run one round of a scenario. Raises NotHere."""
     with Stage(name, seed, quick, mutant=mutant) as stage:
-        (SCENARIOS | SHARED_SCENARIOS)[name](stage)
+        ALL[name](stage)
     return stage.outcome(keep)
 
 
@@ -94,7 +96,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="duration; each scenario runs at least once")
     parser.add_argument("--seed", type=int, default=1, help="of the first round; each further round adds one")
     parser.add_argument("--store", choices=["sqlite", "nats"], default="sqlite", help="nats: servers that share one")
-    names = [*SCENARIOS, *SHARED_SCENARIOS]
+    names = [*ALL]
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help=f"of: {' '.join(names)}")
     parser.add_argument("--figures", action="store_true", help="first measure restarts, resets, the pause and speed")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where to store histories with violations")
@@ -106,7 +108,7 @@ def main() -> int:
         return int(not hunt(SHARED_MUTANTS if options.store == "nats" else MUTANTS, options.seed, options.keep))
     measured = figures.measure(options.seed) if options.figures else []
     until = time.monotonic() + 60 * options.minutes
-    scenarios = SHARED_SCENARIOS if options.store == "nats" else SCENARIOS
+    scenarios = SHARED_SCENARIOS if options.store == "nats" else SCENARIOS | JOB_SCENARIOS
     outcomes = run(options.only or [*scenarios], options.seed, until, options.keep)
     progress("")
     print("\n".join([*table(outcomes), *(["", *figures.table(measured)] if measured else [])]))

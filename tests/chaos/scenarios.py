@@ -46,13 +46,13 @@ def every_byte(stage: Stage) -> None:
     offsets = [Fault("reset", side, at) for side, most in OFFSETS for at in range(stage.seed % step, most, step)]
     proxies = [stage.proxy(lives.port) for _ in range(2)]
     with stage.crowd(proxies[0].port, proxies[1].port, job=FAST):
-        left = [_reset_in_turn(stage, proxy, offsets) for proxy in proxies]
+        left = [reset_in_turn(stage, proxy, offsets) for proxy in proxies]
         stage.wait_until(lambda: not any(left))
         for proxy in proxies:
             proxy.disarm()
 
 
-def _reset_in_turn(stage: Stage, proxy: Proxy, offsets: list[Fault]) -> list[Fault]:
+def reset_in_turn(stage: Stage, proxy: Proxy, offsets: list[Fault]) -> list[Fault]:
     """Give every other connection the next fault, so that those in between make progress. Return the faults left."""
     left = offsets[::-1]
 
@@ -186,11 +186,11 @@ def _kill(stage: Stage, lives: Lives) -> None:
             if lives.has_snapshot and not number:
                 await_snapshots(stage, lives, 1)
             time.sleep(stage.random.uniform(0.1, stage.size(2.5, 0.5)))
-            _kill_once(stage, lives, proxy)
+            kill_once(stage, lives, proxy)
         stage.pause(0.5, 0.2)
 
 
-def _kill_once(stage: Stage, lives: Lives, proxy: Proxy) -> None:
+def kill_once(stage: Stage, lives: Lives, proxy: Proxy) -> None:
     stage.fault("kill")
     # So that the state of the next life is recorded before the first put.
     proxy.refuse(True)
@@ -206,13 +206,13 @@ def stopped_server(stage: Stage) -> None:
         for _ in range(stage.size(3, 1)):
             stage.pause(0.5, 0.3)
             stage.fault("stop")
-            with _stopped(lives.daemon.process):
+            with stopped(lives.daemon.process):
                 stage.pause(3, 1.2)
         stage.pause(0.5, 0.3)
 
 
 @contextlib.contextmanager
-def _stopped(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> Iterator[None]:
+def stopped(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> Iterator[None]:
     process.send_signal(signal.SIGSTOP)
     try:
         yield
@@ -288,7 +288,7 @@ def _stop_some(stage: Stage, children: list[subprocess.Popen[str]]) -> None:
     with contextlib.ExitStack() as stack:
         for child in stage.random.sample(children, 2):
             stage.fault("stop")
-            stack.enter_context(_stopped(child))
+            stack.enter_context(stopped(child))
         stage.pause(2, 0.8)
 
 
@@ -384,7 +384,7 @@ def _delay(stage: Stage, proxy: Proxy) -> None:
 
 def _stop_briefly(stage: Stage, lives: Lives) -> None:
     stage.fault("stop")
-    with _stopped(lives.daemon.process):
+    with stopped(lives.daemon.process):
         time.sleep(stage.random.uniform(0.1, 1))
 
 

@@ -20,7 +20,8 @@ from chaos import others
 from chaos.checker import Violation, check
 from chaos.clients import Client, Job, Orders, Reading, StopFile, Writer, as_words
 from chaos.cluster import Cluster
-from chaos.history import INTERRUPTED, Broken, Died, Empty, Got, History, Put
+from chaos.history import INTERRUPTED, Broken, Died, Empty, Got, History, Put, Taken
+from chaos.job_checker import check_jobs
 from chaos.proxy import Proxy
 from chaos.servers import Lives
 from dsmq.client import DSMQClientSideConnection
@@ -81,6 +82,7 @@ class Stage:
     def __post_init__(self) -> None:
         self.random = random.Random(f"{self.seed} {self.name}")
         self._stack = ExitStack()
+        self.servers: list[Lives] = []
         self._proxies: list[Proxy] = []
         self._crowds = 0
 
@@ -96,10 +98,12 @@ class Stage:
     def size(self, full: Any, quick: Any) -> Any:
         return quick if self.quick else full
 
-    def lives(self, **settings: Any) -> Lives:
-        if self.mutant:
-            settings["words"] = (sys.executable, str(MUTANTS), self.mutant)
+    def lives(self, *, changes: tuple[str, ...] = (), **settings: Any) -> Lives:
+        """Start a server; `changes` are functions of `mutants` that are no defects."""
+        if changes or self.mutant:
+            settings["words"] = (sys.executable, str(MUTANTS), *changes, *filter(None, [self.mutant]))
         lives = Lives(self.history, self.folder, **settings)
+        self.servers.append(lives)
         self._stack.callback(lives.close)
         return lives
 
@@ -127,7 +131,7 @@ class Stage:
 
     def outcome(self, keep: Path | None) -> Outcome:
         """Check the history."""
-        violations = (*check(self.history), *self._errors())
+        violations = (*check(self.history), *check_jobs(self.history), *self._errors())
         puts = list(self.history.of(Put))
         raised = [put for put in puts if put.error]
         return Outcome(
@@ -137,7 +141,7 @@ class Stage:
             len(puts) - len(raised),
             sum(put.may_be_stored for put in raised),
             sum(not put.may_be_stored for put in raised),
-            sum(1 for _ in self.history.of(Got)),
+            sum(isinstance(event, Got | Taken) for event in self.history.events),
             self._longest_pause(),
             max((put.ended for put in puts), default=0.0) - min((put.began for put in puts), default=0.0),
             violations,

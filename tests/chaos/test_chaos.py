@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from chaos import run
+from chaos.job_scenarios import JOB_SCENARIOS
 from chaos.scenarios import SCENARIOS
 from chaos.stage import NotHere
 
@@ -19,7 +20,7 @@ SEED = 8
 SHARED = ("leader_killed", "stream_deleted", "server_killed", "moves")
 
 
-@pytest.mark.parametrize("name", [*SCENARIOS, *SHARED])
+@pytest.mark.parametrize("name", [*SCENARIOS, *JOB_SCENARIOS, *SHARED])
 def test_no_promise_breaks(name: str) -> None:
     try:
         outcome = run.play(name, SEED, quick=True)

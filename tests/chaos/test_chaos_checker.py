@@ -41,7 +41,7 @@ def held(*numbers: int, server: str = "a", at: float = 50.0, **bodies: str) -> H
 
 
 def kinds(*events: Event, max_age: float = 600.0) -> list[str]:
-    return [violation.kind for violation in check(History(max_age, list(events)))]
+    return [violation.kind for violation in check(History(max_age, events=list(events)))]
 
 
 def read(*numbers: int, **more: object) -> list[Event]:
@@ -222,13 +222,14 @@ def test_checker_finds_each_violation(name: str) -> None:
 
 
 def test_violation_shows_evidence() -> None:
-    first, second = check(History(600.0, [SERVER, READER, *read(1), put(2)]))[0].evidence
+    first, second = check(History(600.0, events=[SERVER, READER, *read(1), put(2)]))[0].evidence
     assert (first, second) == (READER, put(2))
 
 
 def test_history_round_trips_through_file(tmp_path: Path) -> None:
     history = History(
-        600.0, [SERVER, READER, *read(1), raised(2), empty(3), Broken("r", "t", 4.0, 4.1, INTERRUPTED, 1), held(1)]
+        600.0,
+        events=[SERVER, READER, *read(1), raised(2), empty(3), Broken("r", "t", 4.0, 4.1, INTERRUPTED, 1), held(1)],
     )
     history.save(tmp_path / "history.jsonl")
     again = History(600.0)

@@ -1,4 +1,4 @@
-"""`dsmq work`: commands that are run for jobs."""
+"""`dsmq work`: running a command for each job."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def program(code: str) -> tuple[str, ...]:
 
 
 def attempts(mq: Client, topic: str, **options: float) -> list[int]:
-    """Return the attempts of the jobs that are left; finish them."""
+    """Finish the remaining jobs; return their attempts."""
     return [job.attempt for job in mq.work(topic, **{"timeout": 0, **options})]
 
 
@@ -92,7 +92,7 @@ def test_signal_is_passed_on_and_job_given_back(
     mq: Client, topic: str, number: int, finishes: bool, interruptible: None
 ) -> None:
     mq.put_many(topic, ["x", "y"])
-    # The processes that the command has started get it, too.
+    # Processes started by the command get it, too.
     code = "import subprocess\nsubprocess.Popen(['sleep', '1000'])\nprint('started', flush=True)\n"
     if finishes:
         code = f"import signal\nsignal.signal({number}, lambda *_: sys.exit(0))\n{code}"
@@ -147,7 +147,7 @@ def test_worker_that_is_killed_loses_its_job_when_the_lease_ends(mq: Client, top
     mq.done(job)
 
 
-def test_server_that_is_gone_ends_worker_and_its_command(topic: str) -> None:
+def test_lost_server_ends_worker_and_its_command(topic: str) -> None:
     code = "print(os.getpid(), flush=True)\ntime.sleep(1000)"
     with daemon() as server:
         with server.client() as mq:
@@ -183,7 +183,7 @@ def test_wrong_usage_is_reported_on_one_line(
     assert_one_line(result("work", "t", *arguments), status, expected)
 
 
-def test_command_that_is_no_program_is_reported_and_job_given_back(mq: Client, topic: str, tmp_path: Path) -> None:
+def test_unusable_program_is_reported_and_job_given_back(mq: Client, topic: str, tmp_path: Path) -> None:
     mq.put(topic, "x")
     file = tmp_path / "program"
     file.write_text("no program")

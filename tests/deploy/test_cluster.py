@@ -12,7 +12,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,9 +58,13 @@ class Cluster(Engine):
     """Three nodes with the shipped configuration."""
 
     def __init__(self, folder: Path, secrets: Path) -> None:
-        ports = free_ports(9)
-        super().__init__([adapted(folder / str(at), secrets, ports, at) for at in range(3)])
-        self.store = "tls://" + ",".join(f"{HOST}:{node.port}" for node in self.nodes)
+        # Of three nodes, and of some that are added later.
+        self.ports = free_ports(15)
+        super().__init__([adapted(folder / str(at), secrets, self.ports, at) for at in range(3)])
+
+    @property
+    def store(self) -> str:
+        return "tls://" + ",".join(f"{HOST}:{node.port}" for node in self.nodes)
 
     def log(self) -> str:
         return "".join(node.log.read_text() for node in self.nodes)
@@ -207,6 +211,68 @@ def test_nodes_and_servers_are_upgraded_one_by_one(secrets: Path, tmp_path: Path
             traffic.await_progress()
 
 
+@pytest.mark.slow
+def test_nodes_are_added_and_removed(cluster: Cluster, secrets: Path, tmp_path: Path) -> None:
+    def server(replicas: int) -> DSMQClientSideConnection:
+        return client(cluster, secrets, stack, store_replicas=str(replicas))[1]
+
+    def replicas() -> int:
+        [stream] = cluster.leader().streams()
+        others = stream["cluster"].get("replicas", [])
+        return 1 + sum(bool(other.get("current")) for other in others)
+
+    with ExitStack() as stack:
+        server(3).put("greetings", "1")
+        for at in (3, 4):
+            cluster.nodes.append(adapted(tmp_path / str(at), more_secrets(secrets, tmp_path, at), cluster.ports, at))
+            cluster.nodes[-1].start()
+        wait_until(cluster.is_ready)
+        assert replicas() == 3
+        mq = server(5)
+        wait_until(lambda: replicas() == 5)
+        mq.put("greetings", "2")
+        # Two may fail.
+        leader = cluster.leader()
+        failed = [leader, next(node for node in cluster.nodes if node is not leader)]
+        for node in failed:
+            node.kill()
+        mq.put("greetings", "3")
+        for node in failed:
+            node.start()
+        wait_until(cluster.is_ready)
+        mq = server(3)
+        wait_until(lambda: replicas() == 3)
+        for node in cluster.nodes[3:]:
+            node.stop()
+            cluster.nodes.remove(node)
+            # If it led the cluster, nobody answers before another node is elected.
+            wait_until(lambda node=node: in_account(cluster, secrets, partial(peer_remove, node), "admin"))  # type: ignore[misc]
+        wait_until(cluster.is_ready)
+        wait_until(lambda: replicas() == 3)
+        for one in (mq, server(3)):
+            one.seek("greetings", 0)
+            assert one.get_many("greetings", 9) == ["1", "2", "3"]
+
+
+async def peer_remove(node: Node, client: Any) -> bool:
+    with suppress(nats.errors.TimeoutError):
+        answer = await client.request("$JS.API.SERVER.REMOVE", json.dumps({"peer": node.name}).encode(), timeout=2)
+        return bool(json.loads(answer.data).get("success"))
+    return False
+
+
+def more_secrets(secrets: Path, folder: Path, at: int) -> Path:
+    """Return a folder with a certificate for another node, made as in secrets.sh."""
+    script = (HERE / "secrets.sh").read_text()
+    (function,) = re.findall(r"(?m)^certificate\(\) .*$", script)
+    (command,) = re.findall(r"(?ms)^(certificate [^\n]*-CA .*?node\.pem)$", script)
+    shutil.copytree(secrets, more := folder / f"secrets{at}")
+    names = f",IP:{HOST},DNS:nats-{at + 1}"
+    subprocess.run(["sh", "-ec", f"names={names}\n{function}\n{command}"], cwd=more, check=True, timeout=SOON)
+    assert (more / "node.pem").read_text() != (secrets / "node.pem").read_text()
+    return more
+
+
 def oldest_nats_server(folder: Path) -> str:
     """Install the oldest supported version of NATS; return its program."""
     target = folder / "oldest"
@@ -303,14 +369,15 @@ async def ask_jetstream(client: Any, what: str, body: dict[str, Any]) -> dict[st
     return found
 
 
-def in_account(cluster: Cluster, secrets: Path, call: Callable[[Any], Any]) -> Any:
-    """Run a coroutine with a client of NATS that has dsmq's user."""
+def in_account(cluster: Cluster, secrets: Path, call: Callable[[Any], Any], user: str = "dsmq") -> Any:
+    """Run a coroutine with a client of NATS."""
 
     async def run() -> Any:
         tls = ssl.create_default_context(cafile=str(secrets / "ca.pem"))
-        password = (secrets / "dsmq-password").read_text().strip()
+        passwords = (secrets / "passwords.conf").read_text()
+        (password,) = re.findall(rf'{user.upper()}_PASSWORD: "(.*)"', passwords)
         servers = [f"tls://{host}:{port}" for host, port in cluster.servers]
-        client = await nats.connect(servers, user="dsmq", password=password, tls=tls)
+        client = await nats.connect(servers, user=user, password=password, tls=tls)
         try:
             return await call(client)
         finally:

@@ -29,12 +29,14 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 # The prefix of prometheus_client's own metrics.
 PROCESS = "process_"
+# Only with metrics_topics.
+OF_TOPICS_AND_GROUPS = ("dsmq_topic_", "dsmq_group_")
 # Only with a store in an engine: see test_engine.
 OF_ENGINE = ("dsmq_engine_", "dsmq_mirror_")
 
 
 def shown_in_readme(*, topics: bool = False) -> dict[str, str]:
-    """Return the metrics in the table of deploy/README.md with their types; those by topic only on request.
+    """Return the metrics in the table of deploy/README.md with their types; those by topic and group only on request.
 
     Metrics of an engine are omitted.
     """
@@ -44,7 +46,7 @@ def shown_in_readme(*, topics: bool = False) -> dict[str, str]:
     return {
         name.removesuffix("_total") if kind == "counter" else name: kind
         for name, kind in rows
-        if not name.startswith(OF_ENGINE) and (topics or not name.startswith("dsmq_topic_"))
+        if not name.startswith(OF_ENGINE) and (topics or not name.startswith(OF_TOPICS_AND_GROUPS))
     }
 
 
@@ -70,6 +72,34 @@ def test_readme_lists_every_metric(server_with_topics: Server) -> None:
     assert types(text_string_to_metric_families(answer.text)) == shown_in_readme(topics=True)
 
 
+def test_groups_of_workers_have_metrics() -> None:
+    with serving(http_port=0, metrics_topics=2) as server, wire_to(server) as wire, wire_to(server) as waiting:
+        wire.call("PUT", "a", "x")
+        wire.call("PUT", "a", "x")
+        for key, group in (("a", "one"), ("*", "two"), ("a", "three")):
+            wire.call("TAKE", key, group, "60000")
+        wire.call("DONE", "a", "one", "1", "1")
+        wire.call("TAKE", "*", "two", "60000")
+        waiting.send(encode_request(*b"TAKE * two 60000 WAIT 60000".split()))
+        wait_until(lambda: scrape(server)["dsmq_waiting_workers"] == 1)
+        shown = scrape(server)
+    by_group = {name: value for name, value in shown.items() if name.startswith("dsmq_group_jobs") and value}
+    assert by_group == {"dsmq_group_jobs{one}{waiting}{a}": 1, "dsmq_group_jobs{two}{held}{*}": 2}
+    by_group = {name: value for name, value in shown.items() if name.startswith("dsmq_group_job_events") and value}
+    assert by_group == {
+        "dsmq_group_job_events_total{taken}{one}{a}": 1,
+        "dsmq_group_job_events_total{done}{one}{a}": 1,
+        "dsmq_group_job_events_total{taken}{two}{*}": 2,
+    }
+    assert shown["dsmq_group_waiting_workers{two}{*}"] == 1
+    assert shown["dsmq_group_waiting_workers{one}{a}"] == 0
+    assert SOON > shown["dsmq_oldest_job_age_seconds"] >= shown["dsmq_group_oldest_job_age_seconds{one}{a}"] > 0
+    assert [shown[f"dsmq_jobs{{{state}}}"] for state in ("waiting", "held", "again")] == [2, 3, 0]
+    assert shown["dsmq_job_events_total{taken}"] == 4
+    assert shown["dsmq_groups"] == 3
+    assert 0 < shown["dsmq_groups_bytes"] < shown["dsmq_groups_bytes_limit"] == 16_777_216
+
+
 def test_metrics_topics_enables_per_topic_metrics(server: Server, server_with_topics: Server) -> None:
     shown = {name: value for name, value in scrape(server_with_topics).items() if name.startswith("dsmq_topic_")}
     assert {name for name in shown if "messages{" in name} == {
@@ -78,7 +108,7 @@ def test_metrics_topics_enables_per_topic_metrics(server: Server, server_with_to
     assert shown["dsmq_topic_messages{b}"] == 3
     assert (shown["dsmq_topic_messages{other}"], shown["dsmq_topic_stored_bytes{other}"]) == (1, 102)
     assert shown["dsmq_topic_puts_per_second{b}"] > shown["dsmq_topic_puts_per_second{c}"] > 0
-    assert not [name for name in scrape(server) if name.startswith("dsmq_topic_")]
+    assert not [name for name in scrape(server) if name.startswith(OF_TOPICS_AND_GROUPS)]
 
 
 def test_topic_named_other_counts_as_other() -> None:

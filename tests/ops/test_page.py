@@ -20,6 +20,7 @@ from dsmq.client import DSMQClientSideConnection as Client
 from dsmq.client import connect
 from dsmq.errors import Full
 from dsmq.server import Server
+from dsmq.wire.resp import encode_request
 from engine import engine
 
 pytestmark = pytest.mark.browser
@@ -400,6 +401,44 @@ def test_page_shows_readers_and_writers_of_topic(browser: Browser, server: Serve
         expect(rows.nth(1).locator("td").nth(0)).to_contain_text("<i>all")
         expect(rows.nth(1).locator("td").nth(1)).to_have_text("cam/*")
         expect(rows.nth(1).locator("td").nth(3)).to_have_text("0")
+
+
+def test_page_shows_groups_of_workers_and_their_jobs(browser: Browser, server: Server) -> None:
+    group = HOSTILE.replace(" ", "/")
+    with (
+        wire_to(server) as wire,
+        wire_to(server) as other,
+        wire_to(server) as idle,
+        reading(browser, server, viewport={"width": 390, "height": 800}) as page,
+    ):
+        wire.call("CLIENT", "SETNAME", HOSTILE.replace(" ", "/"))
+        for body in "abc":
+            wire.call("PUT", "jobs", body)
+        page.get_by_role("link", name="jobs", exact=True).first.click()
+        expect(page.locator("#messages li")).to_have_count(3)
+        expect(page.locator("#groups-card")).to_be_hidden()
+        expect(page.locator("#jobs-card")).to_be_hidden()
+        wire.call("TAKE", "jobs", "workers", "60000", "COUNT", "2")
+        wire.call("DONE", "jobs", "workers", "1", "1")
+        wire.call("RETURN", "jobs", "workers", "2", "1")
+        other.call("TAKE", "jobs", "workers", "60000")
+        wire.call("TAKE", "job*", group, "60000", "COUNT", "3")
+        wire.call("TAKE", "other", "elsewhere", "60000")
+        idle.send(encode_request(b"TAKE", b"job*", group.encode(), b"60000", b"WAIT", b"60000"))
+        rows = page.locator("#groups tbody tr")
+        expect(rows).to_have_count(2)
+        expect(rows.nth(1).locator("td").last).to_have_text("1")
+        assert rows.nth(0).locator("td").all_text_contents()[:8] == ["workers", "jobs", "1", "1", "0", "1", "0", "0"]
+        assert rows.nth(1).locator("td").all_text_contents()[:8] == [group, "job*", "0", "3", "0", "0", "0", "0"]
+        jobs = page.locator("#jobs tbody tr")
+        expect(jobs).to_have_count(4)
+        expect(jobs.nth(0).locator("td").nth(4)).to_have_text(re.compile(r"^\d+\u202fs$"))
+        assert jobs.nth(0).locator("td").all_text_contents()[1:4] == ["workers", "2", "2"]
+        assert jobs.nth(1).locator("td").all_text_contents()[1:4] == [group, "1", "1"]
+        expect(jobs.nth(1).locator("td").first).to_contain_text("<img")
+        assert sideways(page) == 0
+        expect(page.locator("img")).to_have_count(0)
+        expect(page).to_have_title(re.compile("^jobs "))
 
 
 def test_page_shows_messages_only_with_http_token(browser: Browser) -> None:

@@ -49,6 +49,10 @@ class TakeQueues:
     def is_empty(self, key: tuple[bytes, bytes]) -> bool:
         return key not in self._queues
 
+    def count(self, key: tuple[bytes, bytes]) -> int:
+        """Return how many workers of a group are waiting for a job."""
+        return len(self._queues.get(key, ()))
+
     def add(self, pending: PendingTake, connection: Connection) -> bool:
         """Add a TAKE; return whether it is the first of its group."""
         with self._lock:
@@ -60,12 +64,14 @@ class TakeQueues:
         """Remove a TAKE. If it was the first, it is now the turn of the next."""
         with self._lock:
             queue = self._queues[pending.key]
+            # It may not know yet that it is.
+            was_first = queue[0][0] is pending
             queue.remove((pending, connection))
             if not queue:
                 del self._queues[pending.key]
                 return
             first, its_connection = queue[0]
-        if pending.is_first:
+        if was_first:
             its_connection.loop.post(partial(first.come_first, its_connection))
 
     def wake(self, key: tuple[bytes, bytes]) -> None:

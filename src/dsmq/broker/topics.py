@@ -31,8 +31,14 @@ def topics(client: Connection, request: list[bytes]) -> bytes:
 
 
 def stats(client: Connection, request: list[bytes]) -> bytes:
-    values = client.context.store.stats(*parse_stats(client, request))._asdict()
+    store, (topic, after) = client.context.store, parse_stats(client, request)
+    values = store.stats(topic, after)._asdict()
     del values["name"]
+    if store.groups:
+        for group in store.groups.first_stats(lambda group: group.key == topic):
+            workers = client.context.take_queues.count((topic, group.name))
+            figures = {**group.figures, "waiting_workers": workers}
+            values |= {f"{group.name.decode()}:{name}": value for name, value in figures.items()}
     return encode_value(client.version, values)
 
 

@@ -24,7 +24,7 @@ _GET = (
     "control characters are escaped."
 )
 _WORK = (
-    "Run COMMAND for each message of TOPIC, which goes to one of several workers. The message is its stdin; "
+    "Run COMMAND for messages of TOPIC, each of which goes to one of several workers. The message is its stdin; "
     "DSMQ_TOPIC_NAME, DSMQ_JOB_ID and DSMQ_ATTEMPT are in its environment. If its exit status is not 0, or the worker "
     "dies, another one gets the message. In TOPIC, * matches any characters, including none."
 )
@@ -133,11 +133,11 @@ def _add_get_options(parser: Parser) -> None:
 
 def _add_work_options(parser: Parser) -> None:
     add = parser.add_argument
-    about = "share the messages with the other workers of this group; default: workers"
+    about = "group of workers that share the messages; default: workers"
     add("--group", type=group, metavar="NAME", default="workers", help=about)
-    about = "how long a worker may be silent until another one gets its message; default: 60s"
+    about = "how long a worker may be silent before another one gets its message; default: 60s"
     add("--lease", type=lease, metavar="TIME", default=60.0, help=about)
-    about = "how long to wait before the message of a failed command is given to a worker again; default: 1s"
+    about = "delay before the message of a failed command is given to a worker again; default: 1s"
     add("--delay", type=duration, metavar="TIME", default=1.0, help=about)
     about = "end when there is no message for this long; default: never"
     add("--timeout", dest="wait", type=duration, metavar="TIME", default=math.inf, help=about)
@@ -215,7 +215,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     if name == "work":
         options.program, rest = rest, []
         if not options.program:
-            parser.error("a command should follow --: dsmq work TOPIC -- COMMAND")
+            parser.error("a command is required: dsmq work TOPIC -- COMMAND")
     _place(parser, options, arguments, others + rest)
     _check(parser, options)
     return options

@@ -36,11 +36,11 @@ def work(options: argparse.Namespace, connect: Callable[[], DSMQClientSideConnec
 
 
 class _Stopped(Exception):
-    """A signal has come."""
+    """A signal has arrived."""
 
 
 class _Worker:
-    """Runs the command, and passes SIGINT and SIGTERM on to it: then it takes no more jobs."""
+    """Runs the command for each job. Forwards SIGINT and SIGTERM to it, and then takes no more jobs."""
 
     def __init__(self, mq: DSMQClientSideConnection, options: argparse.Namespace) -> None:
         self._mq, self._options = mq, options
@@ -91,7 +91,7 @@ class _Worker:
         """Return the exit status of the command; extend the lease while it runs. Raises JobLost."""
         variables = {"DSMQ_TOPIC_NAME": job.topic.replace("\0", "\\0"), "DSMQ_JOB_ID": str(job.id)}
         variables["DSMQ_ATTEMPT"] = str(job.attempt)
-        # In a group of its own, because a terminal would send signals to both.
+        # In its own process group, because a terminal would send signals to both.
         group: dict[str, Any] = {"process_group": 0} if hasattr(os, "killpg") else {}
         try:
             process = subprocess.Popen(  # noqa: S603 - the user's own command

@@ -7,6 +7,7 @@ import heapq
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from dsmq.broker.auth import Role
@@ -36,6 +37,7 @@ class Inspector:
 
     def __init__(self, context: ServerContext, workers: Sequence[EventLoop]) -> None:
         self._store: Store = context.store
+        self._take_queues = context.take_queues
         self._workers = workers
         # Text and position, when to search again, and the result.
         self._last_search: tuple[tuple[bytes, bytes], float, list[bytes], int] = ((b"", b""), 0.0, [], 0)
@@ -83,7 +85,37 @@ class Inspector:
             "reader_count": len(readers),
             "writers": self._clients(writers),
             "writer_count": len(writers),
+            **self._groups(name),
             "last": [_message(message) for message in self._newest(name)] if with_messages else None,
+        }
+
+    def _groups(self, topic: bytes) -> dict[str, Any]:
+        """Return the first groups of workers that share a topic's messages, and the jobs of it that workers hold."""
+        groups, queues = self._store.groups, self._take_queues
+        if not groups:
+            return {"groups": [], "jobs": []}
+        found = groups.stats(lambda group: group.selection.matches(topic))
+        return {
+            "groups": [
+                {
+                    "topic": group.key.decode(),
+                    "name": group.name.decode(),
+                    **group.figures,
+                    "waiting_workers": queues.count((group.key, group.name)),
+                }
+                for group in islice(found, MAX_ROWS)
+            ],
+            "jobs": [
+                {
+                    "topic": group.key.decode(),
+                    "group": group.name.decode(),
+                    "worker": job.worker,
+                    "id": job.id,
+                    "attempt": job.attempt,
+                    "seconds": held_ms / 1000,
+                }
+                for group, job, held_ms in groups.held(topic, MAX_ROWS)
+            ],
         }
 
     def _newest(self, name: bytes) -> Iterator[Message]:

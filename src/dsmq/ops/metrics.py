@@ -9,6 +9,7 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from itertools import chain, repeat
 
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector
@@ -40,6 +41,7 @@ class Collector:
             yield _family(CounterMetricFamily, fact)
         for fact in chain(status.usage(totals), status.limits(), self._topics(totals)):
             yield _family(GaugeMetricFamily, fact)
+        yield from self._groups()
         for name, about, histogram in (
             ("request_duration", "Time from reading requests to sending their replies.", counters.request_seconds),
             ("delivery_latency", "Time from a message's put to its delivery.", counters.delivery_seconds),
@@ -66,6 +68,32 @@ class Collector:
         rates = {name: rate for name, _, rate in topics}
         yield Fact("topic_puts_per_second", "Puts per second over the last 10 to 20 seconds, by topic.", rates, "topic")
 
+    def _groups(self) -> Iterator[Metric]:
+        """Return the sums over all groups of workers, and the figures of those that began first."""
+        found, gauge = self._status.groups(), GaugeMetricFamily
+        if not self._status.context.store.groups:
+            return
+        states = {state: sum(group.states[state] for group, _ in found) for state in ("waiting", "held", "again")}
+        yield _family(gauge, Fact("jobs", "Messages that are not done, over all groups, by state.", states, "state"))
+        age = max((group.oldest_age_ms for group, _ in found), default=0) / 1000
+        yield _family(gauge, Fact("oldest_job_age_seconds", "Age of the oldest message that is not done.", age))
+        workers = sum(workers for _, workers in found)
+        yield _family(gauge, Fact("waiting_workers", "Workers waiting for a job.", workers))
+        if not (count := self._status.context.settings.metrics_topics):
+            return
+        shown = {(group.key.decode(), group.name.decode()): (group, workers) for group, workers in found[:count]}
+        key, key_state = ("topic", "group"), ("topic", "group", "state")
+        jobs = {(*one, state): n for one, (group, _) in shown.items() for state, n in group.states.items()}
+        yield _family(gauge, Fact("group_jobs", "Messages that are not done, by group and state.", jobs, key_state))
+        events = {(*one, name): n for one, (group, _) in shown.items() for name, n in asdict(group.counts).items()}
+        about = "What happened to jobs, by group."
+        yield _family(CounterMetricFamily, Fact("group_job_events", about, events, ("topic", "group", "event")))
+        ages = {one: group.oldest_age_ms / 1000 for one, (group, _) in shown.items()}
+        about = "Age of the oldest message that is not done, by group."
+        yield _family(gauge, Fact("group_oldest_job_age_seconds", about, ages, key))
+        waiting = {one: workers for one, (_, workers) in shown.items()}
+        yield _family(gauge, Fact("group_waiting_workers", "Workers waiting for a job, by group.", waiting, key))
+
     def _top_topics(self, count: int, totals: Totals) -> list[tuple[TopicStats, float]]:
         """Return the topics with the most recent puts and their puts per second; the last entry, OTHER, is the rest."""
         store = self._status.context.store
@@ -85,9 +113,9 @@ def _family(kind: type[CounterMetricFamily | GaugeMetricFamily], fact: Fact) -> 
     name = f"dsmq_{fact.name}"
     if not isinstance(fact.value, Mapping):
         return kind(name, fact.about, value=fact.value)
-    family = kind(name, fact.about, labels=(fact.label,))
-    for key in sorted(fact.value):
-        family.add_metric((key,), fact.value[key])
+    family = kind(name, fact.about, labels=(fact.label,) if isinstance(fact.label, str) else fact.label)
+    for key, value in sorted(fact.value.items()):
+        family.add_metric((key,) if isinstance(key, str) else key, value)
     return family
 
 

@@ -6,29 +6,35 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsmq import __version__
 from dsmq import settings as config
 from dsmq.broker.counters import Counters, total
-from dsmq.ops.inspector import Inspector
+from dsmq.errors import ReplyError
+from dsmq.ops.inspector import SEARCH_SHARE, Inspector
 from dsmq.store.api import EngineStats, Totals
 from dsmq.system import resident_bytes
+from dsmq.terminal import printable
 
 if TYPE_CHECKING:
     from dsmq.broker.context import ServerContext
     from dsmq.broker.event_loop import EventLoop
     from dsmq.store.expiry import Expiry
+    from dsmq.store.group_figures import GroupStats
+    from dsmq.store.groups import Groups
     from dsmq.store.snapshots import SnapshotStats, Snapshotter
 
 
 class Fact(NamedTuple):
-    """A number reported to operators, with its metric's name; with a label, one number for each label value."""
+    """A number reported to operators, with its metric's name; with labels, one number for each of their values."""
 
     name: str
     about: str
-    value: float | Mapping[str, float]
-    label: str = ""
+    value: float | Mapping[Any, float]
+    label: str | tuple[str, ...] = ""
 
     @property
     def total(self) -> float:
@@ -62,6 +68,9 @@ class Status:
         self._expiry = expiry
         self._snapshotter = snapshotter
         self._snapshots = snapshots
+        # The result of `groups`, and when to count again.
+        self._groups: list[tuple[GroupStats, int]] = []
+        self._groups_due = 0.0
 
     def counters(self) -> Counters:
         return total([*(worker.counters for worker in self._workers), self.own_counters])
@@ -75,6 +84,23 @@ class Status:
     def waiting(self) -> int:
         """Return the number of readers waiting for a message."""
         return self.context.usage.waiting.total
+
+    def groups(self) -> list[tuple[GroupStats, int]]:
+        """Return the groups of workers, each with the number of workers that wait for a job.
+
+        At most a twentieth of the time is spent on them, so they may be some seconds old if there are many.
+        """
+        groups = self.context.store.groups
+        if groups and (began := time.monotonic()) >= self._groups_due:
+            found = []
+            with suppress(ReplyError):
+                for group in groups.stats():
+                    found.append((group, self.context.take_queues.count((group.key, group.name))))
+                    # Lets other threads of the interpreter run.
+                    time.sleep(0)
+            now = time.monotonic()
+            self._groups, self._groups_due = found, now + (now - began) / SEARCH_SHARE
+        return self._groups
 
     # Health
 
@@ -140,6 +166,8 @@ class Status:
         results = {"written": snapshots.written, "failed": snapshots.failed}
         yield Fact("snapshots", "Snapshots, by result.", results, "result")
         yield Fact("snapshot_seconds", "Time spent on snapshots that were written.", snapshots.seconds)
+        if groups := self.context.store.groups:
+            yield Fact("job_events", "What happened to jobs, over all groups.", asdict(groups.counts()), "event")
         if engine := self.context.store.engine():
             yield from _engine_counted(engine)
 
@@ -160,6 +188,9 @@ class Status:
         yield Fact("unauthenticated_connections", "Open connections not authenticated yet.", unauthenticated)
         yield Fact("waiting_readers", "Readers waiting for a message.", usage.waiting.total)
         yield Fact("waiting_patterns", "Patterns that readers wait for.", usage.waiting_patterns.total)
+        if groups := self.context.store.groups:
+            yield Fact("groups", "Groups of workers.", groups.count)
+            yield Fact("groups_bytes", "Memory for the state of all groups, approximately.", groups.memory)
         yield Fact("snapshot_time_seconds", "Unix time of the last snapshot written or restored.", snapshots.last_at)
         yield Fact("snapshot_size_bytes", "Size of the last snapshot written.", snapshots.last_bytes)
         yield Fact("restored_messages", "Messages restored from a snapshot at the start.", snapshots.restored)
@@ -183,6 +214,11 @@ class Status:
         yield Fact("unauthenticated_connections_limit", "Max unauthenticated connections.", limit)
         yield Fact("waiting_readers_limit", "Max waiting readers.", settings.max_waiting_readers)
         yield Fact("waiting_patterns_limit", "Max patterns that readers wait for.", settings.max_waiting_patterns)
+        if groups := self.context.store.groups:
+            yield Fact("groups_limit", "Max groups of workers.", groups.limits.max_groups)
+            yield Fact("groups_bytes_limit", "Max memory for the state of all groups.", groups.limits.max_group_bytes)
+            limit = groups.limits.max_jobs_in_flight
+            yield Fact("jobs_in_flight_limit", "Max jobs of a group that are taken and not done.", limit)
         interval = self._snapshotter.interval if self._snapshotter else 0
         yield Fact("snapshot_interval_seconds", "Time between snapshots; 0: no periodic snapshots.", interval)
 
@@ -210,10 +246,19 @@ class Status:
                 **{name: counted[name] for name in ("puts", "deliveries", "errors")},
             },
             "store": {**totals._asdict(), "last_id": store.last_id()},
+            **({"groups": self._groups_info(store.groups)} if store.groups else {}),
             **({"engine": _engine_info(engine)} if engine else {}),
             # redis-cli --stat displays these two.
             "memory": {"used_memory": totals.accounted_bytes},
             "keyspace": {"db0": f"keys={totals.topics},expires=0,avg_ttl=0"},
+        }
+
+    def _groups_info(self, groups: Groups) -> dict[str, object]:
+        found = groups.first_stats()
+        return {
+            "groups": groups.count,
+            **{f"jobs_{event}": count for event, count in asdict(groups.counts()).items()},
+            **{f"group{row}": _group_info(group) for row, group in enumerate(found)},
         }
 
     # The status page
@@ -271,3 +316,9 @@ def _engine_usage(engine: EngineStats) -> Iterator[Fact]:
 def _engine_info(engine: EngineStats) -> dict[str, object]:
     facts = (*_engine_usage(engine), *_engine_counted(engine))
     return {"store_engine": engine.name, "engine_node": engine.node, **{fact.name: fact.total for fact in facts}}
+
+
+def _group_info(group: GroupStats) -> str:
+    figures = ",".join(f"{name}={value}" for name, value in group.figures.items())
+    # The topic comes last, because it may contain any character.
+    return f"{figures},name={group.name.decode()},topic={printable(group.key.decode())}"

@@ -249,6 +249,11 @@ class Database:
                 high = middle
         return found
 
+    def put_time(self, message_id: int) -> int | None:
+        """Return when the first message with this id or a higher one was put."""
+        row = self.connection.execute(PUT_TIMES, (message_id,)).fetchone()
+        return row and int(row[1])
+
     def oldest(self, topic: int, after: int) -> tuple[int, int] | None:
         """Return id and put time of the topic's oldest message with an id above `after`."""
         row = self.connection.execute(OLDEST, (topic, after)).fetchone()

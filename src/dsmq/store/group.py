@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -50,6 +49,10 @@ class GroupCounts:
     dropped: int = 0
     """Messages that their topic dropped before they were taken."""
 
+    def add(self, other: GroupCounts, times: int = 1) -> None:
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + times * getattr(other, name))
+
 
 @dataclass(slots=True)
 class HeldJob:
@@ -67,6 +70,11 @@ class HeldJob:
     """When the current worker got it."""
     token: bytes = b""
     worker: str = ""
+
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether a worker holds it, and its lease is not over."""
+        return self.is_held and self.until >= 0
 
 
 @dataclass(slots=True)
@@ -107,6 +115,7 @@ class Group:
     def restore(self, job: HeldJob) -> None:
         """Add a job from a snapshot."""
         self.jobs[job.id] = job
+        self._remember_token(job)
         if job.until == _FAILED:
             self.failed.append(job)
         elif job.until == _READY:
@@ -138,8 +147,7 @@ class Group:
         self._forget_token(job)
         job.attempt += 1
         job.is_held, job.since, job.worker, job.token = True, now, worker, token
-        if token:
-            self._tokens.setdefault(token, []).append(Receipt(job.id, job.attempt))
+        self._remember_token(job)
         self._await(job, until)
 
     def _await(self, job: HeldJob, until: int) -> None:
@@ -192,6 +200,10 @@ class Group:
         self._forget_token(job)
         del self.jobs[job.id]
 
+    def _remember_token(self, job: HeldJob) -> None:
+        if job.token:
+            self._tokens.setdefault(job.token, []).append(Receipt(job.id, job.attempt))
+
     def _forget_token(self, job: HeldJob) -> None:
         receipts = self._tokens.get(job.token)
         if receipts is not None:
@@ -212,7 +224,3 @@ class Group:
         self.numbers[topic] = number, dropped
         if len(self.numbers) > MAX_NUMBERS:
             del self.numbers[next(iter(self.numbers))]
-
-    def held(self) -> Iterable[HeldJob]:
-        """Return the jobs that workers hold, longest-held first."""
-        return sorted((job for job in self.jobs.values() if job.is_held), key=lambda job: job.since)

@@ -17,6 +17,7 @@ from dsmq import logs
 from dsmq.errors import BadRequest, Full, JobLost, ReplyError
 from dsmq.store.api import Found, ManyTopics, Message, Outcome, Put, TopicMessage
 from dsmq.store.group import Group, GroupCounts, HeldJob, Receipt
+from dsmq.store.group_figures import GroupFigures
 from dsmq.store.schema import Batch
 from dsmq.store.selection import Selection
 from dsmq.store.topics import TopicTable
@@ -76,19 +77,6 @@ class Job(NamedTuple):
     """How many times it has been given, including this time."""
 
 
-class GroupStats(NamedTuple):
-    key: bytes
-    """The topic or pattern."""
-    name: bytes
-    held: int
-    """Jobs that workers hold and may still finish."""
-    again: int
-    """Jobs that wait to be given again."""
-    waiting: int
-    """Messages not given yet."""
-    counts: GroupCounts
-
-
 class Source:
     """The methods of a store that groups need."""
 
@@ -113,17 +101,14 @@ class Source:
         """Return the number of messages that a topic has dropped to make room for newer ones."""
         return self._topics.dropped_by_name.get(topic, 0)
 
-    def count_after(self, selection: Selection, numbers: Mapping[bytes, tuple[int, int]]) -> int:
-        """Return the number of stored messages of a selection whose numbers are above those given for their topics."""
-        count = 0
-        for topic in list(self._topics.by_name.values()):
-            if selection.matches(topic.name):
-                last, _ = numbers.get(topic.name, (0, 0))
-                count += min(topic.messages, topic.last_number - last)
-        return count
+    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
+        raise NotImplementedError
+
+    def backlog(self, selection: Selection, after: int, given: Mapping[bytes, int], until: float) -> tuple[int, int]:
+        raise NotImplementedError
 
 
-class Groups:
+class Groups(GroupFigures):
     """The groups of workers of a store. Thread-safe."""
 
     def __init__(self, source: Source) -> None:
@@ -135,6 +120,9 @@ class Groups:
         self._source = source
         self._groups: dict[tuple[bytes, bytes], Group] = {}
         self._memory = 0
+        # Added to the counts of the groups to give those since the start: what forgotten groups have counted, without
+        # what restored ones had counted before.
+        self._base = GroupCounts()
 
     # Jobs
 
@@ -288,6 +276,7 @@ class Groups:
                 if group.next_due is None and now - group.used_at > self._source.max_age_ms:
                     # No worker holds a job, and all messages given have expired.
                     self._memory -= group.counted_memory
+                    self._base.add(group.counts)
                     del self._groups[key]
         if moved:
             self.on_messages(moved)
@@ -317,24 +306,6 @@ class Groups:
             raise BadRequest(f"a topic has at most {self.limits.max_topic_bytes} bytes, not {len(topic)}")
         self._source.append([(topic, body, None)])
 
-    # Statistics
-
-    def stats(self) -> list[GroupStats]:
-        with self.lock:
-            return [
-                GroupStats(
-                    *(group.key, group.name, held := len([*group.held()]), len(group.jobs) - held),
-                    self._source.count_after(group.selection, group.numbers),
-                    group.counts,
-                )
-                for group in self._groups.values()
-            ]
-
-    def held(self, key: bytes) -> list[tuple[bytes, HeldJob]]:
-        """Return the jobs of a topic or pattern that workers hold, with their groups' names."""
-        with self.lock:
-            return [(group.name, job) for group in self._groups.values() if group.key == key for job in group.held()]
-
     # Snapshots
 
     def copy(self) -> list[Batch]:
@@ -350,12 +321,14 @@ class Groups:
                     *(counts.done, counts.failed, counts.unmoved, counts.expired, counts.dropped),
                 )
             )
-            jobs += [(row, job.id, job.topic, job.attempt, job.until, job.is_held) for job in group.jobs.values()]
-            jobs += [(row, message_id, None, attempt, 0, False) for message_id, attempt in group.done.items()]
+            jobs += [
+                (row, job.id, job.topic, job.attempt, job.until, job.is_held, job.token) for job in group.jobs.values()
+            ]
+            jobs += [(row, message_id, None, attempt, 0, False, b"") for message_id, attempt in group.done.items()]
             numbers += [(row, topic, *values) for topic, values in group.numbers.items()]
         return [
             ("INSERT INTO worker_groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", groups),
-            ("INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?)", jobs),
+            ("INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?)", jobs),
             ("INSERT INTO job_numbers VALUES (?, ?, ?, ?)", numbers),
         ]
 
@@ -368,12 +341,15 @@ class Groups:
         for row, key, name, used_at, position, *counts in source.execute("SELECT * FROM worker_groups ORDER BY id"):
             group = by_row[row] = Group(key, name, Selection([key]), used_at, position, counts=GroupCounts(*counts))
             self._groups[key, name] = group
-        for row, message_id, topic, attempt, until, is_held in source.execute("SELECT * FROM jobs ORDER BY rowid"):
+            self._base.add(group.counts, -1)
+        for row, message_id, topic, attempt, until, is_held, token in source.execute(
+            "SELECT * FROM jobs ORDER BY rowid"
+        ):
             if topic is None:
                 by_row[row].done[message_id] = attempt
                 continue
             end = max(until, now + LEASE_AFTER_RESTART_MS) if is_held else until
-            by_row[row].restore(HeldJob(message_id, topic, attempt, end, bool(is_held), now))
+            by_row[row].restore(HeldJob(message_id, topic, attempt, end, bool(is_held), now, token))
         for row, topic, number, dropped in source.execute("SELECT * FROM job_numbers ORDER BY rowid"):
             by_row[row].numbers[topic] = number, dropped
         for group in by_row.values():

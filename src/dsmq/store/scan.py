@@ -10,7 +10,7 @@ import sys
 import time
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from heapq import merge
 from itertools import accumulate, count, islice
 from operator import itemgetter
@@ -138,6 +138,33 @@ class SelectionReads:
                 message_id, number, put_at, size, _, row, start, _ = found
                 body = self._database.bodies(row, row)[row][start : start + size]
             return Message(message_id, number, now - put_at, body, put_at - since) if put_at >= since else None
+
+    def backlog(self, selection: Selection, after: int, given: Mapping[bytes, int], until: float) -> tuple[int, int]:
+        """Return how many messages of a selection have ids above `after`, and the age of the first in milliseconds.
+
+        `given` has the last numbers up to there. Both figures may be too high: the age if there are such messages in
+        more than a few topics, the number if more topics match than are remembered, or can be matched until this time.
+        """
+        with self._database:
+            now, last_id = self._clock(), self._last_id
+            self._match(selection, sys.maxsize if after < last_id else 0, until)
+            behind = self._behind(selection, after)
+            if behind is not None and len(behind) <= MAX_MERGED_TOPICS:
+                found = [(first, topic) for topic in behind if (first := self._first(topic, after, now))]
+                age_ms = max([now - first[2] for first, _ in found], default=0)
+                return sum([topic.last_number - first[1] + 1 for first, topic in found]), age_ms
+            if after >= self._buffer.written_id or (put_at := self._database.put_time(after + 1)) is None:
+                buffered = self._buffered(selection, behind, after, now)
+                put_at = buffered[0][2] if buffered else now
+            if behind is None:
+                return min(last_id - after, self._topics.messages), now - put_at
+            counts = [min(topic.messages, topic.last_number - given.get(topic.name, 0)) for topic in behind]
+            return sum(counts), now - put_at
+
+    def _first(self, topic: Topic, after: int, now: int) -> _Candidate | None:
+        """Return a topic's first message with an id above `after`."""
+        found = self._forwards(ManyTopics(Selection([topic.name]), after, 1, 1), now)
+        return next((one for _, candidates in found for one in candidates), None)
 
     # Forwards
 

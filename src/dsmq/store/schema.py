@@ -75,7 +75,8 @@ CREATE TABLE jobs (
     topic BLOB,
     attempt INTEGER NOT NULL,
     until INTEGER NOT NULL,
-    is_held INTEGER NOT NULL
+    is_held INTEGER NOT NULL,
+    token BLOB NOT NULL
 );
 CREATE TABLE job_numbers (
     worker_group INTEGER NOT NULL,

@@ -1,0 +1,111 @@
+"""The figures of groups of workers, for operators."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from itertools import islice, takewhile
+from operator import attrgetter
+from threading import Lock
+from typing import TYPE_CHECKING, NamedTuple
+
+from dsmq.store.group import Group, GroupCounts, HeldJob
+
+if TYPE_CHECKING:
+    from dsmq.store.groups import Source
+
+# Max groups described for a client at once; fewer, if this time in seconds is over.
+MAX_FIRST, _FIRST_SECONDS = 20, 0.002
+# Max jobs tried to find the oldest one whose message has not expired.
+_MAX_PEEKS = 10
+
+
+class GroupStats(NamedTuple):
+    key: bytes
+    """The topic or pattern."""
+    name: bytes
+    held: int
+    """Jobs that workers hold and may still finish."""
+    again: int
+    """Jobs that wait to be given again."""
+    counts: GroupCounts
+    waiting: int
+    """Messages that were not given yet; for a pattern that matches more than 1,000 topics, all messages put since."""
+    oldest_age_ms: int
+    """Age of the oldest message that is not done; 0 if there is none."""
+
+    @property
+    def states(self) -> dict[str, int]:
+        """Return the number of messages in each state."""
+        return {"waiting": self.waiting, "held": self.held, "again": self.again}
+
+    @property
+    def figures(self) -> dict[str, int]:
+        return {**self.states, **asdict(self.counts), "oldest_age_ms": self.oldest_age_ms}
+
+
+class GroupFigures:
+    """What is reported of all groups, as part of them. No method holds a lock for long."""
+
+    lock: Lock
+    _source: Source
+    _groups: dict[tuple[bytes, bytes], Group]
+    _memory: int
+    _base: GroupCounts
+
+    @property
+    def count(self) -> int:
+        return len(self._groups)
+
+    @property
+    def memory(self) -> int:
+        return self._memory
+
+    def counts(self) -> GroupCounts:
+        """Return the sums over all groups since the start, including forgotten ones."""
+        found = GroupCounts()
+        for counts in (self._base, *[group.counts for group in list(self._groups.values())]):
+            found.add(counts)
+        return found
+
+    def stats(
+        self, is_wanted: Callable[[Group], bool] = lambda _: True, seconds: float = 0.001
+    ) -> Iterator[GroupStats]:
+        """Iterate over groups, in the order in which they began, with up to this much time to match topics for each."""
+        for group in list(self._groups.values()):
+            if is_wanted(group):
+                yield self._describe(group, time.monotonic() + seconds)
+
+    def first_stats(self, is_wanted: Callable[[Group], bool] = lambda _: True) -> Iterator[GroupStats]:
+        """Iterate over the first groups, as many as can be described without delaying other clients."""
+        until = time.monotonic() + _FIRST_SECONDS
+        return islice(takewhile(lambda _: time.monotonic() < until, self.stats(is_wanted, 0.0)), MAX_FIRST)
+
+    def _describe(self, group: Group, until: float) -> GroupStats:
+        with self.lock:
+            jobs = list(group.jobs.values())
+            position, counts = group.position, replace(group.counts)
+            given = {topic: number for topic, (number, _) in group.numbers.items()}
+        held = sum([job.is_in_flight for job in jobs])
+        waiting, age_ms = self._source.backlog(group.selection, position, given, until)
+        for job in heapq.nsmallest(_MAX_PEEKS, jobs, key=attrgetter("id")):
+            message = self._source.peek(job.topic, job.id + 1)
+            if message is not None and message.id == job.id:
+                age_ms = message.age_ms
+                break
+        return GroupStats(group.key, group.name, held, len(jobs) - held, counts, waiting, age_ms)
+
+    def held(self, topic: bytes, count: int) -> list[tuple[Group, HeldJob, int]]:
+        """Return the jobs of a topic that workers hold, each with its group and for how many milliseconds; the longest
+        first.
+        """
+        found = []
+        for group in list(self._groups.values()):
+            if group.selection.matches(topic):
+                with self.lock:
+                    jobs = list(group.jobs.values())
+                found += [(group, job) for job in jobs if job.is_in_flight and job.topic == topic]
+        now = self._source.now()
+        return [(*one, now - one[1].since) for one in heapq.nsmallest(count, found, key=lambda one: one[1].since)]

@@ -1,0 +1,163 @@
+"""Deliberate defects of a server that shares jobs among workers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+from dsmq.broker.jobs import PendingTake, TakeQueues
+from dsmq.store import groups
+from dsmq.store.api import Found
+from dsmq.store.group import Group, HeldJob, Receipt
+from dsmq.store.groups import Groups
+from dsmq.store.schema import Batch
+
+# Probability of random defects.
+RATIO = 0.05
+
+_copy, _finish, _next, _give = Groups.copy, Group.finish, Groups._next, Group.give
+_end_leases, _remove, _put_back = Group.end_leases, TakeQueues.remove, Group.put_back
+
+
+def leases_end_soon() -> None:
+    """Not a defect: a lease lasts only a second after a restart, so that the jobs of lost workers are given again."""
+    groups.LEASE_AFTER_RESTART_MS = 1_000
+
+
+def keeps_leases() -> None:
+    """A lease never ends."""
+    Group.end_leases = lambda *_: None  # type: ignore[method-assign]
+
+
+def ends_leases_early() -> None:
+    """A lease ends before its time."""
+
+    def give(group: Group, job: HeldJob, until: int, now: int, *about: Any) -> None:
+        _give(group, job, now + (until - now) // 3, now, *about)
+
+    Group.give = give  # type: ignore[method-assign]
+
+
+def loses_returned_jobs() -> None:
+    """A job that is given back is forgotten."""
+
+    def put_back(group: Group, job: HeldJob, until: int) -> None:
+        _put_back(group, job, until)
+        group.remove(job)
+
+    Group.put_back = put_back  # type: ignore[method-assign]
+
+
+def accepts_any_attempt() -> None:
+    """A worker that has lost a job may end it."""
+    Group.is_current = lambda group, receipt: receipt.id in group.jobs  # type: ignore[method-assign]
+
+
+def repeats_attempts() -> None:
+    """An attempt is not counted."""
+
+    def give(group: Group, job: HeldJob, *about: Any) -> None:
+        job.attempt -= job.attempt > 0 and random.random() < RATIO
+        _give(group, job, *about)
+
+    Group.give = give  # type: ignore[method-assign]
+
+
+def forgets_held_jobs() -> None:
+    """Snapshots don't contain the jobs that workers hold."""
+
+    def copy(self: Groups) -> list[Batch]:
+        return [(insert, [row for row in rows if " jobs " not in insert or not row[5]]) for insert, rows in _copy(self)]
+
+    Groups.copy = copy  # type: ignore[method-assign]
+
+
+def forgets_positions() -> None:
+    """After a restart, a group begins anew."""
+
+    def copy(self: Groups) -> list[Batch]:
+        return [
+            (insert, [(*row[:4], 0, *row[5:]) if " worker_groups " in insert else row for row in rows])
+            for insert, rows in _copy(self)
+        ]
+
+    Groups.copy = copy  # type: ignore[method-assign]
+
+
+def skips_jobs() -> None:
+    """The position of a group skips a message."""
+
+    def find(self: Groups, group: Group, count: int, max_bytes: int) -> Found:
+        found = _next(self, group, count, max_bytes)
+        return found._replace(messages=found.messages[random.random() < RATIO :])
+
+    Groups._next = find  # type: ignore[method-assign]
+
+
+def wakes_nobody() -> None:
+    """When a waiting worker got a job, it is no one's turn."""
+    PendingTake.come_first = lambda *_: None  # type: ignore[method-assign]
+
+
+def ignores_tokens() -> None:
+    """A TAKE that is sent again gets other jobs."""
+    Group.repeat = lambda *_: []  # type: ignore[method-assign]
+
+
+def gives_done_jobs() -> None:
+    """A job that is done is given again."""
+
+    def finish(group: Group, receipt: Receipt) -> None:
+        job = group.jobs[receipt.id]
+        _finish(group, receipt)
+        if random.random() < RATIO:
+            group.jobs[receipt.id] = job
+            _put_back(group, job, 0)
+
+    Group.finish = finish  # type: ignore[method-assign]
+
+
+def forgets_done_jobs() -> None:
+    """DONE that is sent again finds the job lost."""
+
+    def finish(group: Group, receipt: Receipt) -> None:
+        _finish(group, receipt)
+        del group.done[receipt.id]
+
+    Group.finish = finish  # type: ignore[method-assign]
+
+
+def shares_groups() -> None:
+    """Groups with the same key share their jobs."""
+    find = Groups._find
+    Groups._find = lambda self, request, now: find(self, request._replace(group=b"workers"), now)  # type: ignore[method-assign]
+    done = Groups.done
+
+    def done_in_one(self: Groups, key: bytes, _: bytes, receipts: Iterable[Receipt]) -> None:
+        done(self, key, b"workers", receipts)
+
+    Groups.done = done_in_one  # type: ignore[method-assign]
+
+
+def never_fails() -> None:
+    """A job is given more often than max_attempts."""
+    Group.end_leases = lambda group, now, _: _end_leases(group, now, 0)  # type: ignore[method-assign]
+
+
+JOB_MUTANTS = {
+    keeps_leases: "workers",
+    ends_leases_early: "workers",
+    loses_returned_jobs: "workers",
+    accepts_any_attempt: "workers",
+    repeats_attempts: "workers",
+    skips_jobs: "workers",
+    wakes_nobody: "workers",
+    gives_done_jobs: "workers",
+    shares_groups: "workers",
+    ignores_tokens: "workers_every_byte",
+    forgets_done_jobs: "workers_every_byte",
+    forgets_held_jobs: "workers_and_restarts",
+    forgets_positions: "workers_and_restarts",
+    never_fails: "workers_that_fail",
+}

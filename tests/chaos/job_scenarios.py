@@ -1,0 +1,261 @@
+"""Faults while workers share jobs: in their connections, in the server, and in the workers."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+from chaos.clients import Job, StopFile
+from chaos.history import Died, History, JobFailed
+from chaos.job_checker import unfinished
+from chaos.proxy import Fault, Side
+from chaos.scenarios import await_snapshots, kill_once, reset_at_random, reset_in_turn, stopped
+from chaos.servers import Lives
+from chaos.stage import SOON, TESTS, Stage
+from chaos.workers import SHORT_WAITS, Wire, Worker, WorkerJob, WorkerOrders, as_words
+
+WRITERS = Job("", 0, topics=("jobs/0", "jobs/1"), pause=0.02)
+# A pattern twice, and a topic that it includes.
+GROUPS = (("jobs/*", "workers"), ("jobs/*", "others"), ("jobs/0", "workers"))
+WORKERS = 3
+PROCESSES = 4
+# A client that loses its server for so long gives up waiting for a reply.
+BRIEF_SECONDS = 0.6
+# Once the faults have ended, jobs are given up if there was none for so long: far more than the longest lease.
+DRAIN_SECONDS = 8.0
+# Bytes of HELLO with a request of a worker, and of their replies; a little more.
+OFFSETS: tuple[tuple[Side, int], ...] = (("request", 260), ("reply", 600))
+MAX_ATTEMPTS = 3
+READ_FIELDS = 5
+
+
+@contextmanager
+def working(
+    stage: Stage, port: int, groups: Sequence[tuple[str, str]] = GROUPS, *, max_attempts: int = 0, **about: object
+) -> Iterator[None]:
+    """Put jobs, and let workers in threads do them. In the end, all are to be done."""
+    jobs = [
+        replace(WorkerJob(f"worker-{key}-{group}-{number}", key, group, port, stage.seed), **about)  # type: ignore[arg-type]
+        for key, group in groups
+        for number in range(WORKERS)
+    ]
+    stop = threading.Event()
+    workers = [Worker(job, stage.history.add) for job in jobs]
+    clients = [stage.start(one.job.name, lambda one=one: one.run(stop)) for one in workers]
+    try:
+        with putting(stage, port, tuple({key for key, _ in groups if "*" not in key}) if max_attempts else ()):
+            yield
+    finally:
+        stop.set()
+        stage.join(clients)
+        for one in workers:
+            one.close()
+    drain(stage, port, groups, max_attempts)
+
+
+@contextmanager
+def putting(stage: Stage, port: int, topics: tuple[str, ...] = ()) -> Iterator[None]:
+    job = replace(WRITERS, topics=topics or WRITERS.topics)
+    with stage.crowd(port, writers=2, readers=0, redis=False, job=job):
+        yield
+
+
+def drain(stage: Stage, port: int, groups: Sequence[tuple[str, str]] = GROUPS, max_attempts: int = 0) -> None:
+    """Do the jobs that are left."""
+    # The life of the server that still runs shows which puts were lost with the one before.
+    history = History(stage.history.max_age, events=[*stage.history.events, *(lives.server for lives in stage.servers)])
+    for key, group in groups:
+        worker = Worker(WorkerJob(f"last-{key}-{group}", key, group, port, ratios={}), stage.history.add)
+        until = time.monotonic() + DRAIN_SECONDS
+        left = {put.body for put in unfinished(history, (key, group))}
+        while left and time.monotonic() < until:
+            for taken in worker.take(0.2):
+                until = time.monotonic() + DRAIN_SECONDS
+                worker.settle(taken, "done")
+                left.discard(taken.body)
+            if max_attempts:
+                left -= _read_failed(stage, worker.peer, key, max_attempts)
+        worker.close()
+
+
+def _read_failed(stage: Stage, peer: Wire, key: str, max_attempts: int) -> set[str]:
+    """Record the jobs that have failed, and return them."""
+    known = {one.body for one in stage.history.of(JobFailed)}
+    reply = iter(peer.call("READ", f"{key}/failed", 0, "COUNT", 1_000))
+    failed = [body.decode() for _, _, _, body, _ in zip(*[reply] * READ_FIELDS, strict=True)]
+    stage.history.add(*(JobFailed(key, body, max_attempts) for body in failed if body not in known))
+    return set(failed)
+
+
+def workers(stage: Stage) -> None:
+    """No faults but those of workers that return jobs, forget them, or take longer than their lease."""
+    with working(stage, stage.lives().port):
+        stage.pause(3, 1)
+
+
+# Connections
+
+
+def workers_every_byte(stage: Stage) -> None:
+    """Connections of workers are reset one after another, each at the next byte sent, then of the bytes received."""
+    lives = stage.lives()
+    step = stage.size(5, 37)
+    offsets = [Fault("reset", side, at) for side, most in OFFSETS for at in range(stage.seed % step, most, step)]
+    proxy = stage.proxy(lives.port)
+    with working(stage, proxy.port, waits=SHORT_WAITS):
+        left = reset_in_turn(stage, proxy, offsets)
+        stage.wait_until(lambda: not left)
+        proxy.disarm()
+
+
+def workers_in_holes(stage: Stage) -> None:
+    """Connections of workers go silent, replies are delayed, and connections are reset."""
+    lives = stage.lives()
+    proxy = stage.proxy(lives.port)
+    stage.history.has_holes = True
+    with working(stage, proxy.port, timeout=BRIEF_SECONDS, waits=SHORT_WAITS):
+        proxy.plan = lambda _: [Fault("hole", stage.random.choice(("request", "reply")), stage.random.randint(1, 3000))]
+        proxy.reset_all()
+        stage.pause(2, 0.7)
+        proxy.disarm()
+        proxy.delay = lambda: stage.random.choice((0, 0, 0.01, 0.05, 0.4 * (stage.random.random() < 0.1)))
+        stage.pause(1, 0.4)
+        proxy.disarm()
+        reset_at_random(stage, proxy, stage.size(30, 10))
+
+
+# Servers
+
+
+def workers_and_restarts(stage: Stage) -> None:
+    """The server is restarted, and keeps its jobs in a snapshot."""
+    lives = stage.lives(snapshot=True, changes=("leases_end_soon",))
+    with working(stage, lives.port):
+        for _ in range(stage.size(3, 1)):
+            stage.pause(0.7, 0.4)
+            stage.fault("restart")
+            lives.restart()
+        stage.pause(0.5, 0.2)
+
+
+def workers_and_kills(stage: Stage) -> None:
+    """The server is killed, and writes snapshots at intervals: jobs done since the last one are given again."""
+    lives = stage.lives(snapshot=True, interval=1, changes=("leases_end_soon",))
+    stage.may_raise = lambda put: put.may_be_stored
+    proxy = stage.proxy(lives.port)
+    with working(stage, proxy.port):
+        for _ in range(stage.size(3, 1)):
+            await_snapshots(stage, lives, 1)
+            time.sleep(stage.random.uniform(0.1, stage.size(0.9, 0.5)))
+            kill_once(stage, lives, proxy)
+        stage.pause(0.3, 0.2)
+
+
+def workers_that_fail(stage: Stage) -> None:
+    """Jobs that are given too often go to the topic for failed jobs."""
+    lives = stage.lives(max_attempts=MAX_ATTEMPTS)
+    ratios = {"return": 0.5, "late": 0.02, "forget": 0.01}
+    with working(stage, lives.port, [("jobs/0", "workers")], max_attempts=MAX_ATTEMPTS, ratios=ratios):
+        stage.pause(2, 0.8)
+
+
+# Workers
+
+
+def workers_killed(stage: Stage) -> None:
+    """Workers are killed, and others take their place."""
+
+    def kill(lives: Lives, children: list[subprocess.Popen[str]], start: Callable[[], None]) -> None:
+        for _ in range(stage.size(PROCESSES, 2)):
+            stage.pause(0.4, 0.2)
+            stage.fault("kill")
+            stage.random.choice(children).kill()
+            start()
+
+    _in_processes(stage, kill)
+
+
+def workers_frozen(stage: Stage) -> None:
+    """Workers are suspended beyond their leases."""
+
+    def freeze(lives: Lives, children: list[subprocess.Popen[str]], start: Callable[[], None]) -> None:
+        for _ in range(stage.size(3, 1)):
+            stage.fault("stop")
+            with stopped(children[0]), stopped(stage.random.choice(children[1:])):
+                stage.pause(0.7, 0.7)
+            stage.pause(0.3, 0.2)
+
+    _in_processes(stage, freeze)
+
+
+def workers_interrupted(stage: Stage) -> None:
+    """Ctrl-C at random points of a worker's calls."""
+
+    def interrupt(lives: Lives, children: list[subprocess.Popen[str]], start: Callable[[], None]) -> None:
+        until = time.monotonic() + stage.size(2, 1)
+        while time.monotonic() < until:
+            time.sleep(stage.random.uniform(0, 0.02))
+            stage.fault("interrupt")
+            stage.random.choice(children).send_signal(signal.SIGINT)
+
+    _in_processes(stage, interrupt)
+
+
+def _in_processes(stage: Stage, run: Callable[[Lives, list[subprocess.Popen[str]], Callable[[], None]], None]) -> None:
+    """Let workers in processes do jobs while `run` gets them, and a function that starts another one."""
+    lives = stage.lives()
+    group = GROUPS[:1]
+    stop = StopFile(str(stage.folder / "stop"))
+    children: list[subprocess.Popen[str]] = []
+
+    def start() -> None:
+        name = f"process-{len(children)}"
+        job = WorkerJob(name, *group[0], lives.port, stage.seed)
+        words = as_words(WorkerOrders(job, str(stage.folder / "stop"), str(stage.folder / f"{name}.log")))
+        command = [sys.executable, "-m", "chaos.workers", words]
+        children.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=TESTS))
+
+    try:
+        for _ in range(PROCESSES):
+            start()
+        for child in children:
+            assert child.stdout is not None
+            if child.stdout.readline() != "ready\n":
+                raise RuntimeError("a worker has not started")
+        with putting(stage, lives.port):
+            run(lives, children, start)
+    finally:
+        stop.set()
+        for child in children:
+            _reap(stage, child)
+        for path in sorted(stage.folder.glob("*.log")):
+            stage.history.load(path)
+    drain(stage, lives.port, group)
+
+
+def _reap(stage: Stage, child: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        child.send_signal(signal.SIGCONT)
+    try:
+        child.wait(SOON)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+        stage.history.add(Died(f"process {child.pid}", f"killed, because it was still running after {SOON:g} s"))
+    if child.stdout is not None:
+        child.stdout.close()
+
+
+JOB_SCENARIOS: dict[str, Callable[[Stage], None]] = {
+    run.__name__: run
+    for run in (
+        *(workers, workers_every_byte, workers_in_holes, workers_and_restarts, workers_and_kills, workers_that_fail),
+        *(workers_killed, workers_frozen, workers_interrupted),
+    )
+}
