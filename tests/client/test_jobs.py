@@ -489,6 +489,19 @@ def test_close_waits_at_most_for_the_timeout(server: Server) -> None:
         mq.close()
 
 
+def test_job_of_another_server_is_lost() -> None:
+    with serving() as first, serving() as second, connect(port=second.port) as other:
+        other.put("t", "y")
+        with connect([f"127.0.0.1:{first.port}", f"127.0.0.1:{second.port}"]) as mq:
+            mq.put("t", "x")
+            loop = mq.work("t")
+            assert next(loop).text == "x"
+            first.stop()
+            with pytest.raises(JobLost):
+                next(loop)
+            assert [job.text for job in itertools.islice(loop, 1)] == ["y"]
+
+
 def test_connection_lost_in_take_keeps_its_token(server: Server, other: Client) -> None:
     """The server has given a job, but the reply is lost."""
     with connect(port=server.port, reconnect_timeout=0) as mq:
@@ -544,6 +557,32 @@ def test_job_of_call_interrupted_at_any_line_is_given_at_once(
             mq.done(job)
     assert interrupted > 10
     assert not any(mq._session.jobs.popitem()[1].tokens.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", CALLS)
+def test_signal_handler_may_take_jobs_at_any_line(mq: Client, other: Client, traced: None, call: str) -> None:
+    handled: list[str] = []
+
+    def handle() -> None:
+        if (job := mq.take("t", timeout=0)) is not None:
+            handled.append(job.text)
+            mq.done(job)
+
+    loop = mq.work("t", timeout=0)
+    steps, step = Steps(handle, opcodes=False), 0
+    while not step or not steps.ended_before:
+        step += 1
+        handled.clear()
+        sent = [f"{step} {number}" for number in range(3)]
+        other.put_many("t", sent)
+        job = steps.run(lambda: CALLS[call](mq, loop), step)
+        got = [job.text]
+        if call != "next":
+            mq.done(job)
+        got += [text for text, _ in texts(other)]
+        assert sorted(got + handled) == sent, step
+    assert step > 10
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ class Jobs:
 
     def __init__(self) -> None:
         self.leases: dict[Receipt, float] = {}
-        """When the lease of each job ends, by `boot_time`."""
+        """When the lease of each job ends, unless it was extended, by `boot_time`."""
         self.tokens: dict[tuple[bytes, ...], list[bytes]] = {}
         """By topic, group and number of jobs."""
         self._max_leases = _MANY_JOBS
@@ -132,14 +132,11 @@ class Settle(Call):
         self._is_repeated = True
         return False
 
-    def accept(self, leases: dict[Receipt, float], job: Job, lease: float = 0.0) -> None:
+    def accept(self, leases: dict[Receipt, float], job: Job) -> None:
         """Process the reply. Raises JobLost, or another error of the server."""
-        error, receipt = self.reply if isinstance(self.reply, ReplyError) else None, job.receipt
-        if self._verb == b"EXTEND" and not error:
-            if receipt in leases:
-                leases[receipt] = boot_time() + lease
-        elif not error or isinstance(error, JobLost):
-            leases.pop(receipt, None)
+        error = self.reply if isinstance(self.reply, ReplyError) else None
+        if isinstance(error, JobLost) or not (error or self._verb == b"EXTEND"):
+            leases.pop(job.receipt, None)
         if error and not (isinstance(error, JobLost) and self._verb == b"RETURN" and self._is_repeated):
             raise error
 
@@ -269,7 +266,8 @@ class Work:
                 return
             yield (call := extend(job, self._lease))
             with suppress(JobLost):
-                call.accept(leases, job, self._lease)
+                call.accept(leases, job)
+                return
 
     def _take(self, until: float) -> Iterator[Call]:
         tokens: list[bytes] = []
