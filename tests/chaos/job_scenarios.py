@@ -96,7 +96,7 @@ def _failed(peer: Wire, topic: str) -> list[JobFailed]:
 def workers(stage: Stage) -> None:
     """No faults but those of workers that return jobs, forget them, or take longer than their lease."""
     with working(stage, stage.lives().port):
-        stage.pause(3, 1)
+        stage.pause(2, 1)
 
 
 # Connections
@@ -137,7 +137,7 @@ def workers_and_restarts(stage: Stage) -> None:
     """The server is restarted, and keeps its jobs in a snapshot."""
     lives = stage.lives(snapshot=True, changes=("leases_end_soon",))
     with working(stage, lives.port):
-        for _ in range(stage.size(3, 1)):
+        for _ in range(stage.size(2, 1)):
             stage.pause(0.7, 0.4)
             stage.fault("restart")
             lives.restart()
@@ -150,7 +150,7 @@ def workers_and_kills(stage: Stage) -> None:
     stage.may_raise = lambda put: put.may_be_stored
     proxy = stage.proxy(lives.port)
     with working(stage, proxy.port):
-        for _ in range(stage.size(3, 1)):
+        for _ in range(stage.size(2, 1)):
             await_snapshots(stage, lives, 1)
             time.sleep(stage.random.uniform(0.1, stage.size(0.9, 0.5)))
             kill_once(stage, lives, proxy)
@@ -216,7 +216,7 @@ def workers_interrupted_at_every_line(stage: Stage) -> None:
         reached(lambda: all(child.poll() is not None for child in children), stage.size(20.0, 10.0))
 
     shape = WorkerJob("", "", "", kind="take", ratios={"return": 0.3, "extend": 0.3}, leases=(2.0,), waits=(0.0, 0.05))
-    _in_processes(stage, wait, [replace(shape, work_seconds=0.0, step=stage.size(5, 29))])
+    _in_processes(stage, wait, [replace(shape, work_seconds=0.0, step=stage.size(3, 29))])
     sent = [one.token for one in stage.history.of(Sent)]
     # Without those of other calls than `take`.
     stage.faults["interrupt"] += len(sent) - len(set(sent))

@@ -211,11 +211,11 @@ class TakingWorker(Worker):
 
     def _run(self, verb: str, call: Callable[[], T]) -> tuple[float, float, T | None, BaseException | None]:
         calls, step = self._calls, self.job.step
-        if not isinstance(calls, TracedCalls) or self._lines.get(verb) == 0:
+        if not isinstance(calls, TracedCalls):
             return calls.run(call)
         # After an interrupt, once without.
-        calls.line = self._lines.setdefault(verb, 1 + self.job.seed % step) if self._is_new else 0
-        calls.left = 0
+        first = 1 + self.job.seed % step
+        calls.line, calls.left = self._lines.setdefault(verb, first) if self._is_new else 0, 0
         result = calls.run(call)
         if calls.left > 0:
             # It has fewer lines.
