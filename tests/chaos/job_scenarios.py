@@ -105,7 +105,7 @@ def workers(stage: Stage) -> None:
 def workers_every_byte(stage: Stage) -> None:
     """Connections of workers are reset one after another, each at the next byte sent, then of the bytes received."""
     lives = stage.lives()
-    step = stage.size(5, 37)
+    step = stage.size(7, 37)
     offsets = [Fault("reset", side, at) for side, most in OFFSETS for at in range(stage.seed % step, most, step)]
     proxy = stage.proxy(lives.port)
     with working(stage, proxy.port, waits=SHORT_WAITS):
@@ -173,7 +173,7 @@ def workers_killed(stage: Stage) -> None:
     """Workers are killed, and others take their place."""
 
     def kill(lives: Lives, children: list[subprocess.Popen[str]], start: Callable[[], None]) -> None:
-        for _ in range(stage.size(4, 2)):
+        for _ in range(stage.size(3, 2)):
             stage.pause(0.4, 0.2)
             stage.fault("kill")
             stage.random.choice(children).kill()
@@ -228,7 +228,7 @@ def _in_processes(
     shapes: Sequence[WorkerJob] = (),
 ) -> None:
     """Let workers in processes do jobs while `run` gets them, and a function that starts another one."""
-    jobs = shapes or [shape(WorkerJob("", "", "")) for shape in (*SHAPES, SHAPES[0])]
+    jobs = shapes or [shape(WorkerJob("", "", "")) for shape in SHAPES]
     lives = stage.lives()
     group = GROUPS[:1]
     stop = StopFile(str(stage.folder / "stop"))
