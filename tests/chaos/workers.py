@@ -256,7 +256,7 @@ class TakingWorker(Worker):
 
     def close(self) -> None:
         # It gives back what it holds.
-        for key, group, message_id, attempt in jobs_of(self._mq._session).leases:
+        for key, group, message_id, attempt, _ in jobs_of(self._mq._session).leases:
             body = self._jobs[message_id, attempt].text
             self._log(Settled(self.job.name, key, group, "return", message_id, attempt, body, time.monotonic()))
         self._mq.close()

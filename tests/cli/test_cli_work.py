@@ -109,9 +109,9 @@ def test_lease_is_extended_while_command_runs(mq: Client, topic: str, tmp_path: 
     mq.put(topic, "x")
     end = tmp_path / "end"
     code = f"print('started', flush=True)\nwhile not os.path.exists({str(end)!r}): time.sleep({UNIT / 10})"
-    with started("work", topic, "--lease", f"{5 * UNIT}s", "--timeout", "0s", *program(code)) as process:
+    with started("work", topic, "--lease", f"{20 * UNIT}s", "--timeout", "0s", *program(code)) as process:
         assert line_of(process) == b"started\n"
-        assert mq.take(topic, timeout=15 * UNIT) is None
+        assert mq.take(topic, timeout=30 * UNIT) is None
         end.touch()
         assert ended(process) == (0, b"", b"")
     assert attempts(mq, topic) == []
