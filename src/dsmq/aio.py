@@ -236,7 +236,7 @@ class AsyncClient(Client):
 
     async def extend(self, job: Job, seconds: float) -> None:
         """Make a job's lease end in `seconds`. Raises JobLost if it has already ended."""
-        await self._settle(jobs.extend(job, seconds), job, seconds)
+        await self._settle(jobs.extend(job, seconds), job)
 
     async def ping(self) -> None:
         """Check that the server answers."""
@@ -328,9 +328,9 @@ class AsyncClient(Client):
                 await (self._here().wait(call) if call.waits else self._run(call))
         return taken
 
-    async def _settle(self, call: Settle, job: Job, lease: float = 0.0) -> None:
+    async def _settle(self, call: Settle, job: Job) -> None:
         await self._run(call)
-        call.accept(jobs_of(self._session).leases, job, lease)
+        call.accept(jobs_of(self._session).leases, job)
 
     async def _leave(self, receipts: list[Receipt], finished: Job | None = None) -> None:
         """Give back jobs, and finish one, if the server answers now. Otherwise, their leases will end."""

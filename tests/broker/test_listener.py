@@ -248,7 +248,7 @@ def test_closed_connection_ends_despite_forked_child(server: Server, wire: Wire)
         assert wire.ended()
 
 
-@pytest.mark.embedded("snapshots")
+@pytest.mark.embedded("a child keeps the connections to the engine")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_child_holds_no_server_sockets(tmp_path: Path) -> None:
     before = open_sockets()

@@ -197,7 +197,6 @@ class JobFailed:
     topic: str
     """The topic of the job."""
     body: str
-    max_attempts: int
 
 
 Event: TypeAlias = (
@@ -217,6 +216,7 @@ class History:
     max_age: float = 600.0
     has_holes: bool = False
     """Whether connections may go silent, so that the server continues to serve them."""
+    max_attempts: float = math.inf
     events: list[Event] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 

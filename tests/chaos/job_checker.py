@@ -6,7 +6,7 @@ A kill makes the server forget what it did since the last snapshot. What workers
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import combinations, pairwise
 
@@ -242,17 +242,17 @@ class _JobCheck:
     # Failures
 
     def _failures(self) -> Iterator[Violation]:
-        seen: dict[str, JobFailed] = {}
-        for failed in self.history.of(JobFailed):
-            if failed.body in seen:
+        for key, jobs in self.taken.items():
+            for body, taken in jobs.items():
+                late = [one for one in taken if one.attempt > self.history.max_attempts]
+                if late:
+                    yield Violation("failed late", f"{key}: a job is given too often", tuple(late))
+                done = [one for one in self.settled[key][body] if one.verb == "done" and one.reply == "OK"]
+                if done and body in self.failed:
+                    yield Violation("failed although done", f"{key}: a job has failed and is done", tuple(done))
+        for failed, times in Counter(self.history.of(JobFailed)).items():
+            if times > 1:
                 yield Violation("failed twice", "a job failed twice", (failed,))
-            seen[failed.body] = failed
-            for key, jobs in self.taken.items():
-                most = max((one.attempt for one in jobs[failed.body]), default=0)
-                if most > failed.max_attempts:
-                    yield Violation("failed late", f"{key}: attempt {most}", (failed,))
-                if any(one.verb == "done" and one.reply == "OK" for one in self.settled[key][failed.body]):
-                    yield Violation("failed although done", f"{key}: both failed and done", (failed,))
 
 
 def _is_of(settled: Settled, taken: Taken) -> bool:

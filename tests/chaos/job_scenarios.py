@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import signal
 import subprocess
 import sys
@@ -12,19 +14,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from chaos.clients import Job, StopFile
-from chaos.history import Died, History, JobFailed
+from chaos.history import Died, History, JobFailed, Sent
 from chaos.job_checker import unfinished
 from chaos.proxy import Fault, Side
 from chaos.scenarios import await_snapshots, kill_once, reset_at_random, reset_in_turn, stopped
 from chaos.servers import Lives
 from chaos.stage import SOON, TESTS, Stage
-from chaos.workers import SHORT_WAITS, Wire, Worker, WorkerJob, WorkerOrders, as_words
+from chaos.workers import KINDS, SHORT_WAITS, Wire, Worker, WorkerJob, WorkerOrders, as_words, looping
+from helpers import reached
 
 WRITERS = Job("", 0, topics=("jobs/0", "jobs/1"), pause=0.02)
 # A pattern twice, and a topic that it includes.
 GROUPS = (("jobs/*", "workers"), ("jobs/*", "others"), ("jobs/0", "workers"))
-WORKERS = 3
-PROCESSES = 4
+SHAPES: list[Callable[[WorkerJob], WorkerJob]] = [lambda job: job, lambda job: replace(job, kind="take"), looping]
+WORKERS = len(SHAPES)
 # A client that loses its server for so long gives up waiting for a reply.
 BRIEF_SECONDS = 0.6
 # Once the faults have ended, jobs are given up if there was none for so long: far more than the longest lease.
@@ -36,9 +39,7 @@ READ_FIELDS = 5
 
 
 @contextmanager
-def working(
-    stage: Stage, port: int, groups: Sequence[tuple[str, str]] = GROUPS, *, max_attempts: int = 0, **about: object
-) -> Iterator[None]:
+def working(stage: Stage, port: int, groups: Sequence[tuple[str, str]] = GROUPS, **about: object) -> Iterator[None]:
     """Put jobs, and let workers in threads do them. In the end, all are to be done."""
     jobs = [
         replace(WorkerJob(f"worker-{key}-{group}-{number}", key, group, port, stage.seed), **about)  # type: ignore[arg-type]
@@ -46,51 +47,50 @@ def working(
         for number in range(WORKERS)
     ]
     stop = threading.Event()
-    workers = [Worker(job, stage.history.add) for job in jobs]
+    # In each group, one with each kind of client.
+    jobs = [kind(job) for job, kind in zip(jobs, itertools.cycle(SHAPES), strict=False)]
+    workers = [KINDS[job.kind](job, stage.history.add) for job in jobs]
     clients = [stage.start(one.job.name, lambda one=one: one.run(stop)) for one in workers]
     try:
-        with putting(stage, port, tuple({key for key, _ in groups if "*" not in key}) if max_attempts else ()):
+        with putting(stage, port):
             yield
     finally:
         stop.set()
         stage.join(clients)
         for one in workers:
             one.close()
-    drain(stage, port, groups, max_attempts)
+    drain(stage, port, groups)
 
 
 @contextmanager
-def putting(stage: Stage, port: int, topics: tuple[str, ...] = ()) -> Iterator[None]:
-    job = replace(WRITERS, topics=topics or WRITERS.topics)
-    with stage.crowd(port, writers=2, readers=0, redis=False, job=job):
+def putting(stage: Stage, port: int) -> Iterator[None]:
+    with stage.crowd(port, writers=2, readers=0, redis=False, job=WRITERS):
         yield
 
 
-def drain(stage: Stage, port: int, groups: Sequence[tuple[str, str]] = GROUPS, max_attempts: int = 0) -> None:
+def drain(stage: Stage, port: int, groups: Sequence[tuple[str, str]] = GROUPS) -> None:
     """Do the jobs that are left."""
     # The life of the server that still runs shows which puts were lost with the one before.
     history = History(stage.history.max_age, events=[*stage.history.events, *(lives.server for lives in stage.servers)])
     for key, group in groups:
         worker = Worker(WorkerJob(f"last-{key}-{group}", key, group, port, ratios={}), stage.history.add)
-        until = time.monotonic() + DRAIN_SECONDS
+        until, failed = time.monotonic() + DRAIN_SECONDS, list[JobFailed]()
         left = {put.body for put in unfinished(history, (key, group))}
         while left and time.monotonic() < until:
             for taken in worker.take(0.2):
                 until = time.monotonic() + DRAIN_SECONDS
                 worker.settle(taken, "done")
                 left.discard(taken.body)
-            if max_attempts:
-                left -= _read_failed(stage, worker.peer, key, max_attempts)
+            failed = _failed(worker.peer, key) if stage.history.max_attempts < math.inf else []
+            left -= {one.body for one in failed}
+        stage.history.add(*failed)
         worker.close()
 
 
-def _read_failed(stage: Stage, peer: Wire, key: str, max_attempts: int) -> set[str]:
-    """Record the jobs that have failed, and return them."""
-    known = {one.body for one in stage.history.of(JobFailed)}
-    reply = iter(peer.call("READ", f"{key}/failed", 0, "COUNT", 1_000))
-    failed = [body.decode() for _, _, _, body, _ in zip(*[reply] * READ_FIELDS, strict=True)]
-    stage.history.add(*(JobFailed(key, body, max_attempts) for body in failed if body not in known))
-    return set(failed)
+def _failed(peer: Wire, topic: str) -> list[JobFailed]:
+    """Return the jobs that have failed."""
+    reply = iter(peer.call("READ", f"{topic}/failed", 0, "COUNT", 1_000))
+    return [JobFailed(topic, body.decode()) for _, _, _, body, _ in zip(*[reply] * READ_FIELDS, strict=True)]
 
 
 def workers(stage: Stage) -> None:
@@ -160,8 +160,9 @@ def workers_and_kills(stage: Stage) -> None:
 def workers_that_fail(stage: Stage) -> None:
     """Jobs that are given too often go to the topic for failed jobs."""
     lives = stage.lives(max_attempts=MAX_ATTEMPTS)
+    stage.history.max_attempts = MAX_ATTEMPTS
     ratios = {"return": 0.5, "late": 0.02, "forget": 0.01}
-    with working(stage, lives.port, [("jobs/0", "workers")], max_attempts=MAX_ATTEMPTS, ratios=ratios):
+    with working(stage, lives.port, GROUPS[2:], ratios=ratios):
         stage.pause(2, 0.8)
 
 
@@ -172,7 +173,7 @@ def workers_killed(stage: Stage) -> None:
     """Workers are killed, and others take their place."""
 
     def kill(lives: Lives, children: list[subprocess.Popen[str]], start: Callable[[], None]) -> None:
-        for _ in range(stage.size(PROCESSES, 2)):
+        for _ in range(stage.size(4, 2)):
             stage.pause(0.4, 0.2)
             stage.fault("kill")
             stage.random.choice(children).kill()
@@ -207,8 +208,27 @@ def workers_interrupted(stage: Stage) -> None:
     _in_processes(stage, interrupt)
 
 
-def _in_processes(stage: Stage, run: Callable[[Lives, list[subprocess.Popen[str]], Callable[[], None]], None]) -> None:
+def workers_interrupted_at_every_line(stage: Stage) -> None:
+    """The same at one line of dsmq after another."""
+
+    def wait(lives: Lives, children: list[subprocess.Popen[str]], start: Callable[[], None]) -> None:
+        # Not to the last line, if the machine is slow.
+        reached(lambda: all(child.poll() is not None for child in children), stage.size(20.0, 10.0))
+
+    shape = WorkerJob("", "", "", kind="take", ratios={"return": 0.3, "extend": 0.3}, leases=(2.0,), waits=(0.0, 0.05))
+    _in_processes(stage, wait, [replace(shape, work_seconds=0.0, step=stage.size(5, 29))])
+    sent = [one.token for one in stage.history.of(Sent)]
+    # Without those of other calls than `take`.
+    stage.faults["interrupt"] += len(sent) - len(set(sent))
+
+
+def _in_processes(
+    stage: Stage,
+    run: Callable[[Lives, list[subprocess.Popen[str]], Callable[[], None]], None],
+    shapes: Sequence[WorkerJob] = (),
+) -> None:
     """Let workers in processes do jobs while `run` gets them, and a function that starts another one."""
+    jobs = shapes or [shape(WorkerJob("", "", "")) for shape in (*SHAPES, SHAPES[0])]
     lives = stage.lives()
     group = GROUPS[:1]
     stop = StopFile(str(stage.folder / "stop"))
@@ -216,13 +236,14 @@ def _in_processes(stage: Stage, run: Callable[[Lives, list[subprocess.Popen[str]
 
     def start() -> None:
         name = f"process-{len(children)}"
-        job = WorkerJob(name, *group[0], lives.port, stage.seed)
+        about = {"key": group[0][0], "group": group[0][1], "port": lives.port, "seed": stage.seed}
+        job = replace(jobs[len(children) % len(jobs)], name=name, **about)  # type: ignore[arg-type]
         words = as_words(WorkerOrders(job, str(stage.folder / "stop"), str(stage.folder / f"{name}.log")))
         command = [sys.executable, "-m", "chaos.workers", words]
         children.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=TESTS))
 
     try:
-        for _ in range(PROCESSES):
+        for _ in jobs:
             start()
         for child in children:
             assert child.stdout is not None
@@ -256,6 +277,6 @@ JOB_SCENARIOS: dict[str, Callable[[Stage], None]] = {
     run.__name__: run
     for run in (
         *(workers, workers_every_byte, workers_in_holes, workers_and_restarts, workers_and_kills, workers_that_fail),
-        *(workers_killed, workers_frozen, workers_interrupted),
+        *(workers_killed, workers_frozen, workers_interrupted, workers_interrupted_at_every_line),
     )
 }

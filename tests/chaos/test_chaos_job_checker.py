@@ -12,7 +12,7 @@ from chaos.checker import RESTORE_GAP
 from chaos.history import Event, History, JobFailed, NoJob, Put, Sent, Server, Settled, Taken
 from chaos.job_checker import check_jobs, unfinished
 
-LEASE = 1.0
+LEASE, MAX_ATTEMPTS = 1.0, 3
 SERVER = Server("e1", "r1", 0, 0.0)
 # It is killed at 50; its last snapshot is of 30.
 KILLED = [
@@ -59,7 +59,9 @@ def done(number: int, at: float, attempt: int = 1, worker: str = "w") -> list[Ev
 
 
 def kinds(*events: Event, max_age: float = 600.0) -> list[str]:
-    return sorted({violation.kind for violation in check_jobs(History(max_age, events=list(events)))})
+    return sorted(
+        {violation.kind for violation in check_jobs(History(max_age, max_attempts=MAX_ATTEMPTS, events=list(events)))}
+    )
 
 
 CLEAN: dict[str, list[Event]] = {
@@ -77,7 +79,7 @@ CLEAN: dict[str, list[Event]] = {
     "a put that raised": [SERVER, put(1, id=None, error="ConnectionLost")],
     "too old": [SERVER, put(1), *empty(9.0)],
     "nobody knows the first attempt": [SERVER, put(1), sent(2.0), *done(1, 4.0, 2)],
-    "failed": [SERVER, put(1), *take(1, 2.0), *take(1, 4.0, 2), JobFailed("t", "p 1", 2)],
+    "failed": [SERVER, put(1), *take(1, 2.0), *take(1, 4.0, 2), JobFailed("t", "p 1")],
     "lost in a kill": [*KILLED, put(101, 40.0), *empty(60.0)],
     "done again after a kill": [*KILLED, put(1), *done(1, 40.0), *done(1, 60.0, 1, "v")],
     "given before a kill, at the same time again": [*KILLED, put(1), *take(1, 49.7), *done(1, 50.2, 1, "v")],
@@ -127,9 +129,12 @@ WRONG: dict[str, tuple[list[str], list[Event]]] = {
     ),
     "out of order": (["order of jobs"], [SERVER, put(1), put(2), *done(2, 2.0), *done(1, 3.0)]),
     "a worker waits in vain": (["left lying"], [SERVER, put(1), *empty(2.0, 3.0), *done(1, 7.0)]),
-    "failed and done": (["failed although done"], [SERVER, put(1), *done(1, 2.0), JobFailed("t", "p 1", 2)]),
-    "failed twice": (["failed twice"], [SERVER, put(1), *take(1, 2.0), *[JobFailed("t", "p 1", 1)] * 2]),
-    "failed late": (["failed late"], [SERVER, put(1), *take(1, 2.0), *take(1, 4.0, 2), JobFailed("t", "p 1", 1)]),
+    "failed and done": (["failed although done"], [SERVER, put(1), *done(1, 2.0), JobFailed("t", "p 1")]),
+    "failed twice": (["failed twice"], [SERVER, put(1), *take(1, 2.0), *[JobFailed("t", "p 1")] * 2]),
+    "failed late": (
+        ["failed late"],
+        [SERVER, put(1), *(sent(1.0, f"x{one}") for one in range(3)), *take(1, 2.0, 3), *done(1, 4.0, 4)],
+    ),
 }
 
 
@@ -152,7 +157,7 @@ def test_each_group_has_to_do_all_jobs() -> None:
 
 
 def test_history_of_workers_round_trips_through_file(tmp_path: Path) -> None:
-    history = History(events=[*done(1, 2.0), *empty(3.0), end(1, 4.0, reply=""), JobFailed("t", "p 1", 1)])
+    history = History(events=[*done(1, 2.0), *empty(3.0), end(1, 4.0, reply=""), JobFailed("t", "p 1")])
     history.save(tmp_path / "history.jsonl")
     again = History()
     again.load(tmp_path / "history.jsonl")

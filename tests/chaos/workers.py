@@ -11,21 +11,31 @@ import time
 from bisect import bisect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 
-from chaos.clients import Calls, Stop, StopFile
+from chaos.clients import Calls, Stop, StopFile, TracedCalls
 from chaos.history import Died, Event, NoJob, Sent, Settled, Taken, as_line
 from chaos.others import Peer
+from dsmq.client import connect
+from dsmq.client.jobs import Job, jobs_of
+from dsmq.errors import JobLost
+from helpers import HOST
 
 TAKE_FIELDS = 7
 LEASES = (0.3, 0.6, 2.0)
 WAITS = (0.0, 0.0, 0.05, 1.6)
 SHORT_WAITS = (0.0, 0.0, 0.05, 0.2)
 COUNTS = (1, 1, 1, 3)
+# Those of a loop.
+LOOP_SECONDS, LOOP_LEASE = 0.2, 0.6
+# The calls that are interrupted at every line.
+METHODS = ("take", "done", "return", "extend")
 # How often a worker gives a job back, extends its lease, works beyond its lease, and forgets it; else it is done.
 RATIOS = {"return": 0.06, "extend": 0.05, "late": 0.04, "forget": 0.01}
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,11 @@ class WorkerJob:
     seed: int = 0
     timeout: float = 5.0
     """How long it waits for a reply, in seconds."""
+    leases: tuple[float, ...] = LEASES
     waits: tuple[float, ...] = WAITS
+    kind: str = "wire"
+    step: int = 0
+    """Distance between the lines at which calls are interrupted; 0: none are."""
     work_seconds: float = 0.002
     ratios: dict[str, float] = field(default_factory=lambda: dict(RATIOS))
 
@@ -64,45 +78,55 @@ class Worker:
 
     def __init__(self, job: WorkerJob, log: Callable[[Event], object], calls: Calls | None = None) -> None:
         self.job, self._log, self._calls = job, log, calls or Calls()
-        self.peer = Wire((job.port,), job.timeout)
+        self._connect()
         self._chance = random.Random(f"{job.seed} {job.name}")
         self._numbers = itertools.count(1)
+        self.is_finished = False
         self._request: Sent | None = None
         """A TAKE that was interrupted; it is sent again."""
         self._sends: list[float] = []
 
+    def _connect(self) -> None:
+        self.peer = Wire((self.job.port,), self.job.timeout)
+
     def run(self, stop: Stop) -> None:
-        while not stop.is_set():
+        while not (stop.is_set() or self.is_finished):
             for taken in self.take():
                 self._work(taken)
 
     def take(self, wait: float | None = None) -> list[Taken]:
         chance = self._chance
         if self._request is None:
-            token, lease = f"{self.job.name} {next(self._numbers)}".replace(" ", "-"), chance.choice(LEASES)
+            token, lease = f"{self.job.name} {next(self._numbers)}".replace(" ", "-"), chance.choice(self.job.leases)
             wait = chance.choice(self.job.waits) if wait is None else wait
             count = chance.choice(COUNTS)
             self._request = Sent(self.job.name, self.job.key, self.job.group, token, 0.0, lease, wait, count)
             self._sends = []
         request = self._request
+        began, ended, jobs = self._take(request)
+        if jobs is None:
+            return []
+        self._request = None
+        about = request.worker, request.key, request.group, request.token
+        if not jobs:
+            self._log(NoJob(*about, self._sends[0], began, ended, request.wait))
+        taken = [
+            Taken(*about, *job, self._sends[0], began, ended, request.lease)  # type: ignore[call-arg]
+            for job in jobs
+        ]
+        for one in taken:
+            self._log(one)
+        return taken
+
+    def _take(self, request: Sent) -> tuple[float, float, list[tuple[str, int, int, str]] | None]:
+        """Return when a request was last sent and answered, and the topic, id, attempt and body of each job."""
         words = ["TAKE", request.key, request.group, round(request.lease * 1000), "COUNT", request.count]
         words += ["WAIT", round(request.wait * 1000)] if request.wait else []
         began, ended, reply = self._call(
             lambda at: self._log(replace(request, began=at)), *words, "TOKEN", request.token
         )
-        if reply is None:
-            return []
-        self._request = None
-        about = request.worker, request.key, request.group, request.token
-        if not reply:
-            self._log(NoJob(*about, self._sends[0], began, ended, request.wait))
-        taken = [
-            Taken(*about, topic.decode(), number, attempt, body.decode(), self._sends[0], began, ended, request.lease)
-            for topic, number, _, _, body, _, attempt in zip(*[iter(reply)] * TAKE_FIELDS, strict=True)
-        ]
-        for one in taken:
-            self._log(one)
-        return taken
+        jobs = None if reply is None else zip(*[iter(reply)] * TAKE_FIELDS, strict=True)
+        return began, ended, jobs and [(job[0].decode(), job[1], job[6], job[4].decode()) for job in jobs]
 
     def _work(self, taken: Taken) -> None:
         chance = self._chance
@@ -113,7 +137,7 @@ class Worker:
                 self.settle(taken, "return", chance.choice((0, 0, 0.05, 0.3)))
             case "extend":
                 self.settle(taken, "extend", chance.choice((0.1, 1.0)))
-                time.sleep(0.15)
+                time.sleep(75 * self.job.work_seconds)
                 self.settle(taken, "done")
             case "late":
                 time.sleep(min(LEASES) + 0.1)
@@ -121,22 +145,29 @@ class Worker:
             case "done":
                 self.settle(taken, "done")
 
-    def settle(self, taken: Taken, verb: str, seconds: float = 0.0) -> None:
+    def settle(self, taken: Taken, verb: str, seconds: float = 0.0) -> bool:
+        """End a job, or extend its lease; return whether there was a reply."""
         event = Settled(
             *(taken.worker, taken.key, taken.group, verb, taken.id, taken.attempt, taken.body, time.monotonic()),
             seconds=seconds,
         )
         self._log(event)
-        words = [verb.upper(), event.key, event.group, event.id, event.attempt]
-        words += [] if verb == "done" else [round(seconds * 1000)]
         sends: list[float] = []
         reply = None
         while reply is None:
-            _, ended, reply = self._call(sends.append, *words)
+            ended, reply = self._end(event, sends)
             if reply is None and self._chance.random() < 0.5:
                 # The result is unknown.
-                return
+                return False
         self._log(replace(event, ended=ended, reply=reply, sends=len(sends)))
+        return True
+
+    def _end(self, event: Settled, sends: list[float]) -> tuple[float, str | None]:
+        """Return when a request was answered, and its reply; append when it was sent."""
+        words = [event.verb.upper(), event.key, event.group, event.id, event.attempt]
+        words += [] if event.verb == "done" else [round(event.seconds * 1000)]
+        _, ended, reply = self._call(sends.append, *words)
+        return ended, reply
 
     def _call(self, on_send: Callable[[float], object], *words: object) -> tuple[float, float, Any]:
         """Return when a request was last sent, when it was answered, and its reply; None if it was interrupted."""
@@ -168,6 +199,129 @@ class Worker:
         self.peer.close()
 
 
+class TakingWorker(Worker):
+    """The same with the client's methods for workers. Each may be interrupted at one line of dsmq after another."""
+
+    def _connect(self) -> None:
+        self._mq = connect(HOST, self.job.port, timeout=self.job.timeout)
+        self._jobs: dict[tuple[int, int], Job] = {}
+        # The line at which each method is interrupted next, and those that have been interrupted at all.
+        self._lines: dict[str, int] = {}
+        self._is_new = True
+
+    def _run(self, verb: str, call: Callable[[], T]) -> tuple[float, float, T | None, BaseException | None]:
+        calls, step = self._calls, self.job.step
+        if not isinstance(calls, TracedCalls) or self._lines.get(verb) == 0:
+            return calls.run(call)
+        # After an interrupt, once without.
+        calls.line = self._lines.setdefault(verb, 1 + self.job.seed % step) if self._is_new else 0
+        calls.left = 0
+        result = calls.run(call)
+        if calls.left > 0:
+            # It has fewer lines.
+            self._lines[verb] = 0
+            self.is_finished = len(self._lines) == len(METHODS) and not any(self._lines.values())
+        elif calls.line:
+            self._lines[verb] += step
+        self._is_new = not calls.line
+        return result
+
+    def _take(self, request: Sent) -> tuple[float, float, list[tuple[str, int, int, str]] | None]:
+        self._sends.append(time.monotonic())
+        self._log(replace(request, began=self._sends[-1]))
+        _, ended, jobs, error = self._run("take", lambda: self._next(request))
+        if jobs is None:
+            _raise_unless_interrupted(error)
+            return self._sends[-1], ended, None
+        self._jobs |= {(job.id, job.attempt): job for job in jobs}
+        return self._sends[-1], ended, [(job.topic, job.id, job.attempt, job.text) for job in jobs]
+
+    def _next(self, request: Sent) -> list[Job]:
+        job = self._mq.take(request.key, request.group, timeout=request.wait, lease=request.lease)
+        return [] if job is None else [job]
+
+    def _end(self, event: Settled, sends: list[float]) -> tuple[float, str | None]:
+        job, mq = self._jobs[event.id, event.attempt], self._mq
+        calls: dict[str, Callable[[], None]] = {
+            "done": lambda: mq.done(job),
+            "return": lambda: mq.give_back(job, delay=event.seconds),
+            "extend": lambda: mq.extend(job, event.seconds),
+        }
+        sends.append(time.monotonic())
+        _, ended, _, error = self._run(event.verb, calls[event.verb])
+        if error is None or isinstance(error, JobLost):
+            return ended, "JOBLOST" if error else "OK"
+        _raise_unless_interrupted(error)
+        return ended, None
+
+    def close(self) -> None:
+        # It gives back what it holds.
+        for key, group, message_id, attempt, _ in jobs_of(self._mq._session).leases:
+            body = self._jobs[message_id, attempt].text
+            self._log(Settled(self.job.name, key, group, "return", message_id, attempt, body, time.monotonic()))
+        self._mq.close()
+
+
+class LoopingWorker(TakingWorker):
+    """The same with `work`, which ends a job when the next one is requested."""
+
+    _loop: Any = None
+    _ending: Settled | None = None
+    """The DONE that is part of the next call."""
+    _is_returned = False
+
+    def _work(self, taken: Taken) -> None:
+        self._is_returned = False
+        super()._work(taken)
+        if not (self._ending or self._is_returned):
+            self.settle(taken, "done")
+
+    def settle(self, taken: Taken, verb: str, seconds: float = 0.0) -> bool:
+        if verb != "done":
+            self._is_returned = super().settle(taken, verb, seconds) and verb == "return"
+            if verb == "return" and not self._is_returned:
+                # Whether it is done next, is unknown.
+                self._log(self._done(taken))
+                self._is_returned = True
+            return self._is_returned
+        self._ending = self._done(taken)
+        self._log(self._ending)
+        return True
+
+    def _done(self, taken: Taken) -> Settled:
+        about = taken.worker, taken.key, taken.group, "done", taken.id, taken.attempt, taken.body
+        return Settled(*about, time.monotonic())
+
+    def _take(self, request: Sent) -> tuple[float, float, list[tuple[str, int, int, str]] | None]:
+        event, self._ending = self._ending, None
+        self._loop = self._loop or self._mq.work(request.key, request.group, timeout=LOOP_SECONDS, lease=request.lease)
+        try:
+            found = super()._take(request)
+        except JobLost:
+            found = self._sends[-1], time.monotonic(), None
+            if event:
+                self._log(replace(event, ended=found[1], reply="JOBLOST", sends=1))
+        else:
+            if event and found[2] is not None:
+                self._log(replace(event, ended=found[1], reply="OK", sends=1))
+        return found
+
+    def _next(self, request: Sent) -> list[Job]:
+        return [job for job in [next(self._loop, None)] if job]
+
+
+def _raise_unless_interrupted(error: BaseException | None) -> None:
+    if error is not None and not isinstance(error, KeyboardInterrupt):
+        raise error
+
+
+def looping(job: WorkerJob) -> WorkerJob:
+    return replace(job, kind="loop", leases=(LOOP_LEASE,), waits=(LOOP_SECONDS,))
+
+
+KINDS = {"wire": Worker, "take": TakingWorker, "loop": LoopingWorker}
+
+
 # Processes
 
 
@@ -183,16 +337,17 @@ def main() -> int:
     orders = WorkerOrders(WorkerJob(**values.pop("job")), **values)
     # Written at once, because the process may be killed.
     file = os.open(orders.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    calls = Calls()
+    calls = TracedCalls() if orders.job.step else Calls()
     calls.catch_interrupts()
 
     def log(event: Event) -> None:
         os.write(file, (as_line(event) + "\n").encode())
 
     try:
-        worker = Worker(orders.job, log, calls)
+        worker = KINDS[orders.job.kind](orders.job, log, calls)
         print("ready", flush=True)
         worker.run(StopFile(orders.stop))
+        worker.close()
     except BaseException as error:  # noqa: BLE001 - recorded, not raised
         log(Died(orders.job.name, repr(error)))
     return 0

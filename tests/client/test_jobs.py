@@ -11,7 +11,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 import pytest
@@ -94,7 +94,7 @@ def test_take_names_its_lease_count_and_token() -> None:
     job = work.hand_out()
     assert job is not None
     assert (job.topic, job.id, job.number, job.text, job.attempt) == ("camera/1", 7, 7, "x", 2)
-    assert job.receipt == ("camera/*", "w", 7, 2)
+    assert job.receipt == ("camera/*", "w", 7, 2, "")
     assert abs(time.time() - 1 - job.put_at) < SOON
 
 
@@ -287,6 +287,23 @@ def test_take_waits_for_put(mq: Client, other: Client) -> None:
     mq.done(job)
 
 
+def test_job_is_lost_with_the_messages_of_a_server_although_its_id_is_used_again() -> None:
+    with ExitStack() as clients:
+        with serving() as server:
+            mq = clients.enter_context(connect(port=server.port))
+            mq.put("t", "old")
+            lost = mq.take("t", timeout=0)
+        with serving(port=server.port):
+            other = clients.enter_context(connect(port=server.port))
+            other.put("t", "new")
+            job = other.take("t", timeout=0)
+            assert (job.id, job.attempt) == (lost.id, lost.attempt)
+            for settle in (lambda: mq.extend(lost, 1), lambda: mq.give_back(lost), lambda: mq.done(lost)):
+                with pytest.raises(JobLost):
+                    settle()
+            other.done(job)
+
+
 def test_job_is_lost_when_its_lease_has_ended_and_another_has_it(mq: Client, other: Client) -> None:
     mq.put("t", "x")
     job = mq.take("t", lease=UNIT)
@@ -315,7 +332,6 @@ def test_job_is_given_back_after_delay(mq: Client) -> None:
     mq.put("t", "x")
     began = time.monotonic()
     mq.give_back(mq.take("t"), delay=3 * UNIT)
-    assert mq.take("t", timeout=0) is None
     assert mq.take("t", timeout=SOON).attempt == 2
     assert time.monotonic() - began >= 3 * UNIT
 
@@ -464,12 +480,25 @@ def test_close_is_quick_after_server_is_gone() -> None:
 
 
 def test_close_waits_at_most_for_the_timeout(server: Server) -> None:
-    mq = connect(port=server.port, timeout=5 * UNIT, reconnect_timeout=100 * SOON)
+    mq = connect(port=server.port, timeout=20 * UNIT, reconnect_timeout=100 * SOON)
     mq.put_many("t", ["x", "y"])
     mq.take("t")
     mq.take("t")
     with blocked(server):
         mq.close()
+
+
+def test_job_of_another_server_is_lost() -> None:
+    with serving() as first, serving() as second, connect(port=second.port) as other:
+        other.put("t", "y")
+        with connect([f"127.0.0.1:{first.port}", f"127.0.0.1:{second.port}"]) as mq:
+            mq.put("t", "x")
+            loop = mq.work("t")
+            assert next(loop).text == "x"
+            first.stop()
+            with pytest.raises(JobLost):
+                next(loop)
+            assert [job.text for job in itertools.islice(loop, 1)] == ["y"]
 
 
 def test_connection_lost_in_take_keeps_its_token(server: Server, other: Client) -> None:
@@ -527,6 +556,32 @@ def test_job_of_call_interrupted_at_any_line_is_given_at_once(
             mq.done(job)
     assert interrupted > 10
     assert not any(mq._session.jobs.popitem()[1].tokens.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", CALLS)
+def test_signal_handler_may_take_jobs_at_any_line(mq: Client, other: Client, traced: None, call: str) -> None:
+    handled: list[str] = []
+
+    def handle() -> None:
+        if (job := mq.take("t", timeout=0)) is not None:
+            handled.append(job.text)
+            mq.done(job)
+
+    loop = mq.work("t", timeout=0)
+    steps, step = Steps(handle, opcodes=False), 0
+    while not step or not steps.ended_before:
+        step += 1
+        handled.clear()
+        sent = [f"{step} {number}" for number in range(3)]
+        other.put_many("t", sent)
+        job = steps.run(lambda: CALLS[call](mq, loop), step)
+        got = [job.text]
+        if call != "next":
+            mq.done(job)
+        got += [text for text, _ in texts(other)]
+        assert sorted(got + handled) == sent, step
+    assert step > 10
 
 
 @pytest.mark.slow
@@ -661,7 +716,9 @@ def test_asyncio_loop_survives_cancelled_anext(server: Server, mq: Client) -> No
             async with asyncio.timeout(UNIT):
                 await anext(loop)
         mq.put("t", "x")
-        assert (await anext(loop)).text == "x"
+        job = await anext(loop)
+        assert job.text == "x"
+        await one.done(job)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(UNIT):
                 await anext(loop)

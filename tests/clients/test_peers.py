@@ -64,6 +64,7 @@ def test_redis_benchmark_runs(server: Server, options: list[str]) -> None:
 
 def test_redis_cli_stat_mode_works(server: Server, cli: tuple[str, ...]) -> None:
     run(*cli, "PUT", "t", "hello")
+    wait_for_stored(server, 1)
     with subprocess.Popen([*cli, "--stat", "-i", "0.01"], stdout=subprocess.PIPE, text=True) as stat:
         assert stat.stdout is not None
         shown = [stat.stdout.readline() for _ in range(4)]

@@ -53,7 +53,7 @@ def publish(stores: Stores, subject: str, body: bytes) -> None:
 # The same everywhere
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(6))
 def test_servers_have_the_same_messages_even_if_started_later(stores: Stores, seed: int) -> None:
     draw = random.Random(seed)
 

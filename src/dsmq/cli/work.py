@@ -67,13 +67,14 @@ class _Worker:
 
     def take(self) -> Job | None:
         options = self._options
-        # Set first, so that no signal is missed in between.
-        self._is_taking = True
-        if self.stopped_by:
-            raise _Stopped
-        job = self._mq.take(options.topic, options.group, timeout=options.wait, lease=options.lease)
-        self._is_taking = False
-        return job
+        try:
+            # Set first, so that no signal is missed in between.
+            self._is_taking = True
+            if self.stopped_by:
+                raise _Stopped
+            return self._mq.take(options.topic, options.group, timeout=options.wait, lease=options.lease)
+        finally:
+            self._is_taking = False
 
     def run(self, job: Job) -> None:
         """Run the command for a job, and finish it, or give it back."""
@@ -82,7 +83,7 @@ class _Worker:
                 self._mq.done(job)
                 return
             self._mq.give_back(job, delay=0 if self.stopped_by else self._options.delay)
-            about = f"given back: {_explain(status)}"
+            about = "given back: " + (f"exit status {status}" if status > 0 else f"killed by signal {-status}")
         except JobLost as error:
             about = f"lost: {error}"
         sys.stderr.write(printable(f"dsmq: job {job.id} of {quoted(job.topic)} {about}") + "\n")
@@ -120,12 +121,3 @@ class _Worker:
                 self._mq.extend(job, self._options.lease)
             else:
                 return process.returncode
-
-
-def _explain(status: int) -> str:
-    if status > 0:
-        return f"exit status {status}"
-    try:
-        return f"killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"killed by signal {-status}"

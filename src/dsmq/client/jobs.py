@@ -19,6 +19,7 @@ from dsmq.wire.limits import MAX_COUNT
 from dsmq.wire.resp import encode_request
 
 if TYPE_CHECKING:
+    from dsmq.client.requests import Producer
     from dsmq.client.session import Session
 
 # A job taken in advance gets a new lease if less than this share of its lease is left when its turn comes.
@@ -26,8 +27,11 @@ _FRESH = 0.9
 # Beyond this number of jobs, those whose lease has ended are forgotten.
 _MANY_JOBS = 1000
 
-Receipt: TypeAlias = tuple[str, str, int, int]
-"""The topic or pattern, the group, the id and the attempt."""
+# No job is given so often.
+_NO_ATTEMPT = 2**63 - 1
+
+Receipt: TypeAlias = tuple[str, str, int, int, str]
+"""The topic or pattern, the group, the id, the attempt and the epoch."""
 
 
 class Job(Message):
@@ -42,11 +46,12 @@ class Job(Message):
     """How many times it has been given to a worker, including this time."""
     key: tuple[str, str]
     """The topic or pattern that it was taken from, and the group."""
+    _epoch: str = ""
     _mq: Any = None
 
     @property
     def receipt(self) -> Receipt:
-        return *self.key, self.id, self.attempt
+        return *self.key, self.id, self.attempt, self._epoch
 
     @property
     def _is_held(self) -> bool:
@@ -83,7 +88,7 @@ class Jobs:
 
     def __init__(self) -> None:
         self.leases: dict[Receipt, float] = {}
-        """When the lease of each job ends, by `boot_time`."""
+        """When the lease of each job ends, unless it was extended, by `boot_time`."""
         self.tokens: dict[tuple[bytes, ...], list[bytes]] = {}
         """By topic, group and number of jobs."""
         self._max_leases = _MANY_JOBS
@@ -106,14 +111,20 @@ def jobs_of(session: Session) -> Jobs:
 class Settle(Call):
     """A DONE, RETURN or EXTEND."""
 
-    __slots__ = ("_is_repeated", "_once", "_verb")
+    __slots__ = ("_epoch", "_is_repeated", "_key", "_once", "_verb", "_words")
 
     def __init__(self, verb: bytes, receipt: Receipt, *words: bytes, once: bool = False) -> None:
         """`once`: don't send it again when the connection breaks."""
-        topic, group, message_id, attempt = receipt
-        key = topic.encode(), group.encode(), b"%d" % message_id, b"%d" % attempt
-        super().__init__(encode_request(verb, *key, *words))
+        topic, group, message_id, attempt, self._epoch = receipt
+        self._key, self._words = (topic.encode(), group.encode(), b"%d" % message_id), words
+        super().__init__(encode_request(verb, *self._key, b"%d" % attempt, *words))
         self._verb, self._once, self._is_repeated = verb, once, False
+
+    def request(self, producer: Producer) -> bytes:
+        if producer.era and producer.era.epoch != self._epoch:
+            # The server has lost its messages, and may have given the id to another one.
+            return encode_request(self._verb, *self._key, b"%d" % _NO_ATTEMPT, *self._words)
+        return self._request
 
     def on_connection_lost(self, error: Exception) -> bool:
         if self._once:
@@ -121,14 +132,11 @@ class Settle(Call):
         self._is_repeated = True
         return False
 
-    def accept(self, leases: dict[Receipt, float], job: Job, lease: float = 0.0) -> None:
+    def accept(self, leases: dict[Receipt, float], job: Job) -> None:
         """Process the reply. Raises JobLost, or another error of the server."""
-        error, receipt = self.reply if isinstance(self.reply, ReplyError) else None, job.receipt
-        if self._verb == b"EXTEND" and not error:
-            if receipt in leases:
-                leases[receipt] = boot_time() + lease
-        elif not error or isinstance(error, JobLost):
-            leases.pop(receipt, None)
+        error = self.reply if isinstance(self.reply, ReplyError) else None
+        if isinstance(error, JobLost) or not (error or self._verb == b"EXTEND"):
+            leases.pop(job.receipt, None)
         if error and not (isinstance(error, JobLost) and self._verb == b"RETURN" and self._is_repeated):
             raise error
 
@@ -168,15 +176,16 @@ def _milliseconds(name: str, value: object, *, zero: bool = False) -> bytes:
 class Take(Read):
     """A TAKE, which gets the same jobs if it is repeated with the same token. It waits like a READ."""
 
-    __slots__ = ("_key", "_lease", "_process", "_tokens")
+    __slots__ = ("_epoch", "_key", "_lease", "_process", "_tokens")
 
     def __init__(
         self, session: Session, key: tuple[bytes, ...], lease: bytes, tokens: list[bytes], until: float
     ) -> None:
         self._session, self._key, self._lease, self._tokens, self._until = session, key, lease, tokens, until
-        self._process = process()
+        self._process, self._epoch = process(), ""
 
-    def request(self, _: object) -> bytes:
+    def request(self, producer: Producer) -> bytes:
+        self._epoch = producer.era.epoch if producer.era else ""
         if not self._tokens or self._process is not process():
             # A forked child must not get its parent's jobs.
             self._process, self._tokens[:] = process(), [binascii.b2a_base64(os.urandom(12), newline=False)]
@@ -195,6 +204,7 @@ class Take(Read):
         for topic, message_id, number, age, body, _, attempt in zip(*[iter(reply)] * 7, strict=True):
             job = Job(as_text(topic), as_number(message_id), as_number(number), now - as_number(age) / 1000, body)
             job.attempt, job.key, job._mq = as_number(attempt), key, mq  # noqa: SLF001 - made here
+            job._epoch = self._epoch  # noqa: SLF001
             found.append(job)
         return found
 
@@ -256,7 +266,8 @@ class Work:
                 return
             yield (call := extend(job, self._lease))
             with suppress(JobLost):
-                call.accept(leases, job, self._lease)
+                call.accept(leases, job)
+                return
 
     def _take(self, until: float) -> Iterator[Call]:
         tokens: list[bytes] = []

@@ -64,11 +64,11 @@ class Worker(Client):
 
     def extend(self, job: Job, seconds: float) -> None:
         """Make a job's lease end in `seconds`, up to a day. Raises JobLost if it has already ended."""
-        self._settle(jobs.extend(job, seconds), job, seconds)
+        self._settle(jobs.extend(job, seconds), job)
 
-    def _settle(self, call: Settle, job: Job, lease: float = 0.0) -> None:
+    def _settle(self, call: Settle, job: Job) -> None:
         self._run(call)
-        call.accept(jobs_of(self._session).leases, job, lease)
+        call.accept(jobs_of(self._session).leases, job)
 
     def _leave(self, receipts: list[Receipt], finished: Job | None = None) -> None:
         """Give back jobs, and finish one, if the server answers now. Otherwise, their leases will end."""

@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 class Delivery(NamedTuple):
     id: int
-    put_at: int
+    put_at: float
     """By `boot_time`, in milliseconds."""
     message: Received
     later: bytes
@@ -69,14 +69,14 @@ class Fold:
 
     def _apply(self, deliveries: list[Delivery]) -> set[bytes]:
         """Apply messages; return the topics of the new ones."""
-        now = round(boot_time() * 1000)
+        now = boot_time() * 1000
         messages, topics = list[Mirrored](), set[bytes]()
         last_id = self.store.last_id()
         for at, (message_id, put_at, message, _) in enumerate(deliveries, 1):
             if message_id <= last_id:
                 continue
             if not message.subject.startswith(self._stream.topic_prefix):
-                if slices := self._slices(message, max(0, now - put_at)):
+                if slices := self._slices(message, max(0, int(now - put_at))):
                     self._store(messages, last_id)
                     self._deliveries = deliveries[at:]
                     self._change = asyncio.create_task(self._apply_change(self.store, message_id, slices))
@@ -86,7 +86,7 @@ class Fold:
             last_id = message_id
             topic = decode_token(message.subject[len(self._stream.topic_prefix) :])
             try:
-                messages.append(Mirrored(message_id, (topic, message.body, _key(message)), max(0, now - put_at)))
+                messages.append(Mirrored(message_id, (topic, message.body, _key(message)), max(0, int(now - put_at))))
             except ValueError as error:
                 about = event("skipped", id=message_id)
                 _logger.error("message %s can't be mirrored: %s", message_id, error, extra=about)

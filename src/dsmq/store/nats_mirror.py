@@ -283,7 +283,7 @@ class Mirror(Fold):
             self._pending = min(self._pending, sequence)
         # A live message has just been put; the age of the others is computed from the engine's clock alone.
         is_live = sequence > self._pending
-        put_at = round(self._heard_at * 1000) if is_live else nanoseconds // 1_000_000 - self._clock_ahead_ms
+        put_at = self._heard_at * 1000 if is_live else nanoseconds / 1_000_000 - self._clock_ahead_ms
         self._deliveries.append(Delivery(message_id, put_at, message, later))
 
     def _on_status(self, status: int, message: Received) -> None:
