@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 from limiting import patient, wait_for_connections
 
-from conftest import SOON, UNIT, Wire, daemon, loop_of, serving, wait_until, wire_to
+from conftest import SOON, UNIT, Wire, daemon, loop_of, serving, wait_for_stored, wait_until, wire_to
 from dsmq.broker import event_loop as worker
 from dsmq.broker.connection import Connection
 from dsmq.broker.transport import MAX_HELD_BYTES
@@ -98,6 +98,7 @@ def test_reading_resumes_when_replies_drop_below_limit() -> None:
 def test_reply_over_total_limit_waits_for_others_to_read() -> None:
     with serving() as server, wire_to(server) as reader, wire_to(server) as waiter, wire_to(server) as writer:
         writer.call("PUT", "t", "x" * 900_000)
+        wait_for_stored(server, 1)
         replies, somebody = server.context.usage.replies, Mock(Connection)
         replies.add(somebody, replies.limit - 500_000)
         reader.send(encode_request(b"READ", b"t", b"0"))
@@ -121,6 +122,7 @@ def test_reply_over_total_limit_waits_for_others_to_read() -> None:
 def test_messages_of_several_topics_are_not_lost_while_the_reply_waits_for_memory() -> None:
     with serving() as server, wire_to(server) as reader, wire_to(server) as writer:
         writer.call("PUT", "t", "x" * 900_000)
+        wait_for_stored(server, 1)
         replies, somebody = server.context.usage.replies, Mock(Connection)
         replies.add(somebody, replies.limit - 500_000)
         reader.send(encode_request(b"MREAD", b"0", b"TOPICS", b"t*"))
@@ -173,6 +175,7 @@ def test_transaction_replies_count_towards_total() -> None:
     with serving(**bounds) as server, ExitStack() as stack:
         writer = stack.enter_context(wire_to(server))
         writer.call("PUT", "t", "x" * 1_000_000)
+        wait_for_stored(server, 1)
         requests = [encode_request(*words.split()) for words in (b"MULTI", b"READ t 0", b"EXEC")]
         readers = [stack.enter_context(wire_to(server)) for _ in range(12)]
         for reader in readers:

@@ -54,6 +54,21 @@ def test_stats_describes_the_server(topic: str, mq: DSMQClientSideConnection) ->
     assert mq.stats()["epoch"] == found["epoch"] == mq.position(topic).partition(":")[0]
 
 
+@pytest.mark.embedded("TAKE is not possible with a NATS store yet")
+def test_stats_describe_groups_of_workers(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put_many(topic, ["1", "2", "3"])
+    job = mq.take(topic, timeout=0)
+    assert job
+    assert values(result("stats", topic)[1]).items() >= {"workers:waiting": "2", "workers:held": "1"}.items()
+    mq.done(job)
+    expected = {"workers:waiting": 2, "workers:held": 0, "workers:taken": 1, "workers:done": 1}
+    assert mq.stats(topic).items() >= expected.items()
+    assert json.loads(result("stats", topic, "--json")[1]).items() >= expected.items()
+    found = values(result("stats")[1])
+    assert int(found["jobs_done"]) >= 1
+    assert f"name=workers,topic={topic}" in " ".join(found.values())
+
+
 def test_stats_of_asyncio_client(topic: str, server: Daemon) -> None:
     async def main() -> None:
         async with aio.connect(port=server.port) as mq:

@@ -32,7 +32,6 @@ from dsmq.errors import BadRequest, ClientClosed, ConnectionLost, JobLost, Proto
 from dsmq.server import Server
 from dsmq.wire.resp import Reply
 
-pytestmark = pytest.mark.embedded("TAKE is not possible with a NATS store yet")
 Client = DSMQClientSideConnection
 pytestmark = pytest.mark.embedded("TAKE is not possible with a NATS store yet")
 PRODUCER = Producer(b"run")

@@ -631,8 +631,8 @@ def test_puts_during_stop_go_to_next_server() -> None:
             wait_until(lambda: len(ids) > 0)
             server.stop()
             # The reply may have been sent, but not read yet.
-            stored = server.status.totals().stored
-            wait_until(lambda stored=stored: stored == max(ids))
+            last_id = server.context.store.last_id()
+            wait_until(lambda last_id=last_id: last_id == max(ids))
             ids.clear()
             server = Server(server.context.settings.model_copy(update={"port": port}))
             server.start()

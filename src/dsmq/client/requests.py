@@ -277,7 +277,7 @@ def list_topics(found: list[tuple[str, int, int]]) -> Iterator[Call]:
 def stats(topic: str | None) -> Call:
     """Return the call that describes a topic, or the server."""
     if topic is None:
-        return Call(encode_request(b"INFO", b"server", b"clients", b"stats", b"store", b"engine"))
+        return Call(encode_request(b"INFO", b"server", b"clients", b"stats", b"store", b"groups", b"engine"))
     return Call(encode_request(b"STATS", arguments.topic_name(topic)))
 
 
