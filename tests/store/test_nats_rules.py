@@ -153,13 +153,18 @@ def test_lowered_limits_apply_to_stored_messages(stores: Stores) -> None:
 # Whose rules apply
 
 
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what was logged about rules."""
+    return [record.getMessage() for record in caplog.records if record.name == "dsmq.store.nats_rules"]
+
+
 def test_last_rules_apply_and_another_server_warns_once(stores: Stores, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "dsmq.store.nats_rules")
     one = stores(limits=newest(1))
-    assert not caplog.messages
+    assert not logged(caplog)
     other = stores(limits=newest(2))
-    wait_until(lambda: len(caplog.messages) == 1)
-    assert caplog.messages[0].startswith("another server's rules for topics apply now: {")
+    wait_until(lambda: len(logged(caplog)) == 1)
+    assert logged(caplog)[0].startswith("another server's rules for topics apply now: {")
     put(one, b"t", b"1", b"2", b"3")
     for store in one, other:
         assert bodies(held(store, b"t")) == [b"2", b"3"]
@@ -168,7 +173,7 @@ def test_last_rules_apply_and_another_server_warns_once(stores: Stores, caplog: 
     put(one, b"t", b"4")
     assert bodies(held(one, b"t")) == [b"3", b"4"]
     one.limits = newest(3)
-    wait_until(lambda: len(caplog.messages) == 2)
+    wait_until(lambda: len(logged(caplog)) == 2)
     assert other.limits == newest(3)
     assert one.limits == newest(3)
 
@@ -179,8 +184,8 @@ def test_server_without_rules_adopts_those_of_the_stream(stores: Stores, caplog:
     own = Limits(max_topics=9, max_stored_messages=99, max_stored_bytes=999, max_stored_messages_per_topic=5)
     other = stores(limits=own)
     assert other.limits == newest(1, b"\xff*")._replace(max_topics=9, max_stored_messages=99, max_stored_bytes=999)
-    assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith("the stream's rules for topics apply: {")
+    assert len(logged(caplog)) == 1
+    assert logged(caplog)[0].startswith("the stream's rules for topics apply: {")
     one.close()
     # They stay when a server without them starts, and end when they are removed from the settings of a running one.
     last = stores(limits=newest(1, b"\xff*"))

@@ -181,7 +181,7 @@ def test_producer_forgotten_during_snapshot_is_refused_after_restart(
     with snapshotting(store, file) as snapshotter:
         store.between_batches = put_as_others
         assert snapshotter.save(at_once=at_once)
-    with restored(file) as other, pytest.raises(Forgotten, match="too many others"):
+    with restored(file) as other, pytest.raises(Forgotten, match="too many other producers"):
         other.check_producer(b"forgotten")
 
 
@@ -299,7 +299,7 @@ def test_forgotten_producer_is_refused_after_restart(store: ClockedStore, file: 
         put_as(store, b"%d" % number, 1)
     save(store, file)
     within = restored(file, SAVED_AT + (producers.REMEMBER_MS - 1) / 1000)
-    with within as other, pytest.raises(Forgotten, match="too many others"):
+    with within as other, pytest.raises(Forgotten, match="too many other producers"):
         other.check_producer(b"forgotten")
     with restored(file, SAVED_AT + producers.REMEMBER_MS / 1000) as other:
         other.check_producer(b"forgotten")

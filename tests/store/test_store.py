@@ -458,7 +458,7 @@ def test_producer_forgotten_too_early_is_detected(store: ClockedStore, clock: Cl
     put_as_many(store, clock, producers.MAX_PRODUCERS)
     store.check_producer(b"producer 9")
     clock.now += producers.REMEMBER_MS - 1
-    with pytest.raises(Forgotten, match="too many others"):
+    with pytest.raises(Forgotten, match="too many other producers"):
         store.check_producer(b"a")
     clock.now += 1
     store.check_producer(b"a")
