@@ -150,7 +150,7 @@ class Settings(BaseSettings):
     max_waiting_patterns: Limit = 10_000
     """Max patterns of all clients waiting for a message; further ones get an error."""
     max_groups: Limit = 1_000
-    """Max groups of workers. A group that is not used for max_age_seconds is forgotten."""
+    """Max groups of workers. A group is forgotten if it is not used for as long as messages are kept."""
     max_jobs_in_flight: Limit = 10_000
     """Max unfinished jobs of a group of workers; at the limit, no new ones are given."""
     max_group_bytes: Bytes = 16_777_216

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import SOON, Wire, serving, wait_until, wire_to
 from dsmq.broker.jobs import PendingTake, TakeQueues
-from dsmq.errors import Full, ReplyError
+from dsmq.errors import ReplyError, StoreFailed
 from dsmq.server import Server
 from dsmq.store.group_figures import MAX_FIRST
 from dsmq.wire.resp import encode_request
@@ -201,6 +201,22 @@ def test_repeated_take_gets_its_jobs_before_those_that_wait(threaded: Server) ->
         assert ids(waiting.receive()) == [2]
 
 
+def test_waiting_worker_waits_for_room_for_its_job() -> None:
+    with ExitStack() as stack:
+        server = stack.enter_context(serving(max_jobs_in_flight=1))
+        wire = stack.enter_context(wire_to(server))
+        workers = wait_in_turn(server, stack, 3, "TAKE t w 60000 WAIT 60000")
+        wire.send(encode_request(b"PUT", b"t", b"x") * 2)
+        assert ids(workers[0].receive()) == [1]
+        assert all(is_silent(worker) for worker in workers[1:])
+        assert call(workers[0], "DONE t w 1 1") == "OK"
+        assert ids(workers[1].receive()) == [2]
+
+
+def test_long_pattern_is_refused(wire: Wire) -> None:
+    assert code(call(wire, "TAKE " + 600 * "*" + " w 1000")) == "TOOBIG"
+
+
 def test_error_on_the_second_try_leaves_no_wait(server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second try follows registration, so that no put is missed in between."""
     groups = server.context.store.groups
@@ -209,9 +225,9 @@ def test_error_on_the_second_try_leaves_no_wait(server: Server, wire: Wire, monk
     monkeypatch.setattr(groups, "take", lambda request: take(request) if next(calls) != 1 else fail())
 
     def fail() -> None:
-        raise Full("too many jobs in flight")
+        raise StoreFailed("a test")
 
-    assert code(call(wire, "TAKE t w 60000 WAIT 60000")) == "FULL"
+    assert code(call(wire, "TAKE t w 60000 WAIT 60000")) == "STORE"
     assert server.status.waiting() == 0
     wire.call("PUT", "t", "x")
     assert ids(call(wire, "TAKE t w 60000 WAIT 60000")) == [1]

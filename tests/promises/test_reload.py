@@ -14,6 +14,7 @@ import pytest
 from conftest import SOON, UNIT, Wire, as_map, blocked, loop_of, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.client import connect
+from dsmq.errors import ReplyError
 from dsmq.ops.metrics import Collector
 from dsmq.options import RESTART_REQUIRED
 from dsmq.server import Server
@@ -103,6 +104,13 @@ def max_jobs_in_flight(server: Server, wire: Wire, value: int) -> bool:
     return len(wire.call("TAKE", "t", "a", 1000, "COUNT", 2)) == 2 * JOB_VALUES
 
 
+def max_group_bytes(server: Server, wire: Wire, value: int) -> bool:
+    for _ in range(2):
+        wire.call("PUT", "t", "x")
+    wire.call("TAKE", "t", "a", 1000)
+    return not isinstance(wire.call("TAKE", "t", "a", 1000), ReplyError)
+
+
 def max_attempts(server: Server, wire: Wire, value: int) -> bool:
     wire.call("PUT", "t", "x")
     wire.call("TAKE", "t", "a", 60_000)
@@ -164,7 +172,7 @@ LIMITS: dict[str, tuple[Any, Any, Callable[[Server, Wire, Any], bool]]] = {
     "max_waiting_patterns": (10, 1, max_waiting_patterns),
     "max_groups": (10, 1, max_groups),
     "max_jobs_in_flight": (10, 1, max_jobs_in_flight),
-    "max_group_bytes": (100_000, 100, max_groups),
+    "max_group_bytes": (100_000, 100, max_group_bytes),
     "max_attempts": (2, 1, max_attempts),
     "max_connections_per_address": (10, 1, max_connections_per_address),
     "max_unauthenticated_connections": (10, 1, max_unauthenticated_connections),

@@ -13,9 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from snapshotting import restored, snapshotting
 from stores import Clock, ClockedStore, expire_all, put
 
-from dsmq.errors import Full, JobLost
+from dsmq.errors import Full, JobLost, StoreFailed
 from dsmq.store import group as group_module
-from dsmq.store.api import DROP_OLDEST, Limits, TopicRule
+from dsmq.store import groups as groups_module
+from dsmq.store.api import DROP_OLDEST, Limits, Message, TopicRule
 from dsmq.store.group import Receipt
 from dsmq.store.group_figures import GroupStats
 from dsmq.store.groups import LEASE_AFTER_RESTART_MS, GroupLimits, Groups, Job, Take
@@ -304,6 +305,34 @@ def test_unused_group_is_forgotten_unless_a_worker_has_a_job(store: ClockedStore
     assert list(store.groups.stats()) == []
 
 
+def test_group_lasts_as_long_as_a_message_of_any_topic_can(store: ClockedStore, clock: Clock) -> None:
+    store.limits = Limits(topic=(TopicRule(b"t", max_age_ms=10 * AGE),))
+    put(store, b"t", b"1")
+    done(store, *take(store))
+    clock.now += 9 * AGE
+    store.groups.expire()
+    assert take(store) == []
+
+
+def test_failed_jobs_do_not_come_back_to_a_pattern(store: ClockedStore) -> None:
+    allow(store, max_attempts=1)
+    put(store, b"a/1", b"x")
+    [job] = take(store, b"a/*")
+    store.groups.give_back(b"a/*", W, Receipt(job.id, job.attempt), 0)
+    store.groups.expire()
+    put(store, b"a/2", b"x")
+    assert [job.topic for job in take(store, b"a/*", 9)] == [b"a/2"]
+    assert [job.topic for job in take(store, b"*/failed", 9)] == [b"a/1/failed"]
+
+
+def test_ready_job_is_due_at_once(store: ClockedStore, clock: Clock) -> None:
+    put(store, b"t", b"1")
+    take(store)
+    clock.now += LEASE
+    store.groups.expire()
+    assert store.groups.due_in(b"t", W) == 1
+
+
 # Limits
 
 
@@ -340,13 +369,78 @@ def test_memory_of_groups_is_limited(store: ClockedStore) -> None:
 
 
 def test_state_of_finished_jobs_is_bounded(store: ClockedStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_module, "MAX_DONE", 10)
+    monkeypatch.setattr(groups_module, "MAX_DONE", 10)
     for _ in range(500):
         put(store, b"t", b"x")
         done(store, *take(store, token=b"x"))
     [group] = store.groups._groups.values()
     assert (len(group.jobs), len(group.done), len(group._tokens)) == (0, 10, 0)
     assert len(group._due) <= 65
+
+
+def test_finished_jobs_of_many_groups_refuse_no_others(store: ClockedStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups_module, "_MAX_DONE", 100)
+    monkeypatch.setattr(groups_module, "_LEAST_DONE", 5)
+    allow(store, max_group_bytes=20 * group_module.JOB_BYTES)
+    put(store, b"t", *[b"x"] * 100)
+    for number in range(10):
+        while jobs := take(store, group=b"%d" % number):
+            done(store, *jobs, group=b"%d" % number)
+    # The share of each group is that of the groups there were when it was last used.
+    assert sum(len(group.done) for group in store.groups._groups.values()) <= sum(5 + 100 // n for n in range(1, 11))
+
+
+def test_memory_of_jobs_that_failed_is_given_back(store: ClockedStore, clock: Clock) -> None:
+    allow(store, max_attempts=1, max_group_bytes=20 * group_module.JOB_BYTES)
+    put(store, b"t", *[b"x"] * 30)
+    take(store, count=30)
+    clock.now += LEASE
+    while store.groups.expire():
+        pass
+    assert store.groups.memory == group_module.JOB_BYTES
+    assert stats(store).counts.failed == 30
+
+
+def test_extending_ended_leases_takes_no_memory(store: ClockedStore, clock: Clock) -> None:
+    put(store, b"t", *[b"x"] * 100)
+    jobs = take(store, count=100)
+    for _ in range(20):
+        clock.now += LEASE
+        store.groups.expire()
+        for job in jobs:
+            extend(store, job, LEASE)
+    [group] = store.groups._groups.values()
+    assert len(group._ready) <= 2 * 100 + 64 + 100
+
+
+# Errors
+
+
+def test_job_that_can_not_be_read_now_is_given_later(store: ClockedStore, clock: Clock) -> None:
+    put(store, b"t", b"1", b"2", b"3")
+    take(store, count=2)
+    clock.now += LEASE
+    read, reads = store.read, iter([False, True, False, True])
+
+    def failing(*arguments: int) -> list[Message]:
+        if next(reads, False):
+            raise StoreFailed("SQLite: a test")
+        return read(*arguments)  # type: ignore[arg-type]
+
+    store.read = failing  # type: ignore[assignment, method-assign]
+    assert ids(take(store, count=3)) == [1]
+    # Not the second, because the third read fails.
+    assert ids(take(store, count=3)) == [2]
+    assert ids(take(store, count=3)) == [3]
+
+
+def test_full_group_without_more_messages_is_only_empty(store: ClockedStore) -> None:
+    allow(store, max_jobs_in_flight=1)
+    put(store, b"t", b"1")
+    assert ids(take(store)) == [1]
+    assert take(store) == []
+    assert take(store, b"t*") != []
+    assert take(store, b"t*") == []
 
 
 # Snapshots

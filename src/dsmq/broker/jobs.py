@@ -19,12 +19,12 @@ from dsmq.broker.arguments import (
     parse_options,
 )
 from dsmq.broker.reads import MAX_WAIT_MS, PendingRead, count_delivery
-from dsmq.errors import BadRequest, Busy, StoreFailed
+from dsmq.errors import BadRequest, Busy, Full, StoreFailed
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Store
 from dsmq.store.group import Receipt
 from dsmq.store.groups import Groups, Job, Take
 from dsmq.store.selection import Pattern, Selection
-from dsmq.wire.limits import MAX_NAMES_BYTES, MAX_READ_BYTES
+from dsmq.wire.limits import MAX_READ_BYTES
 from dsmq.wire.resp import OK, Encoded, encode_jobs
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 MAX_LEASE_MS = 86_400_000
 MAX_JOBS = 1_000
+# When a waiting TAKE tries again if a limit on jobs was reached.
+_FULL_RETRY_SECONDS = 1.0
 
 
 class TakeQueues:
@@ -114,7 +116,14 @@ class PendingTake(PendingRead):
             *(self.lease_ms, self.token, self.worker),
         )
         groups = _groups(store)
-        found = groups.take(take)
+        try:
+            found = groups.take(take)
+        except Full:
+            if not self.wait_ms:
+                raise
+            # DONE wakes it, and so does a change of the limits.
+            self.retry_in = _FULL_RETRY_SECONDS
+            return []
         if found is None:
             return ()
         self.jobs = found
@@ -201,7 +210,7 @@ def _encode(client: Connection, pending: PendingRead, jobs: Sequence[Any]) -> En
     return encode_jobs(jobs)
 
 
-@lru_cache(1024)
+@lru_cache(256)
 def _select(key: bytes) -> Selection:
     return Selection([key])
 
@@ -209,7 +218,7 @@ def _select(key: bytes) -> Selection:
 def _parse_key(client: Connection, request: list[bytes]) -> tuple[bytes, bytes]:
     """Return the topic or pattern, and the group."""
     topic, group = request[1], request[2]
-    check_topic(topic, MAX_NAMES_BYTES if b"*" in topic else client.context.settings.max_topic_bytes)
+    check_topic(topic, client.context.settings.max_topic_bytes)
     if not group:
         raise BadRequest("the name of the group is empty")
     return topic, parse_name(group)
@@ -221,7 +230,8 @@ def _parse_receipt(words: Sequence[bytes]) -> Receipt:
 
 def done(client: Connection, request: list[bytes]) -> Encoded:
     key, receipts = parse_done(client, request)
-    _groups(client.context.store).done(*key, receipts)
+    if _groups(client.context.store).done(*key, receipts):
+        client.context.take_queues.wake(key)
     return OK
 
 

@@ -155,7 +155,7 @@ class Database:
             if long_bodies:
                 rows = [(*row[:5], b"") if row[0] in long_bodies else row for row in rows]
             self.connection.executemany(INSERT_ROW, rows)
-            self._add_long_bodies(long_bodies)
+        self._add_long_bodies(long_bodies)
 
     def delete(self, rows: list[int], empty_topics: list[int], *, are_first: bool = False) -> None:
         """Delete rows by their last ids, which may be the first ones of all, and topics without messages."""

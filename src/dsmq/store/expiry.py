@@ -52,8 +52,10 @@ class Expiry:
     def run_once(self) -> None:
         """Delete everything that has expired by now."""
         hurry_at = time.monotonic() + self._interval
-        if self._store.groups:
-            self._store.groups.expire()
+        while self._store.groups and self._store.groups.expire():
+            self.due_at = time.monotonic()
+            if self._stop.wait(_PAUSE_SECONDS):
+                return
         while self._store.expire():
             self.due_at = time.monotonic()
             if self._stop.wait(_PAUSE_SECONDS if time.monotonic() < hurry_at else _SHORT_PAUSE_SECONDS):

@@ -14,12 +14,14 @@ from typing import NamedTuple
 
 from dsmq.store.selection import Selection
 
-# The approximate memory for an unfinished job, and for a finished one.
-JOB_BYTES, DONE_BYTES = 600, 150
+# The approximate memory for an unfinished job.
+JOB_BYTES = 600
 # Max jobs remembered as done, so that a worker can repeat DONE if it got no reply.
 MAX_DONE = 10_000
+# Max leases ended at once.
+_MAX_ENDED = 200
 # Max topics whose last numbers are remembered, to count messages that expired before they were taken.
-MAX_NUMBERS = 1_000
+MAX_NUMBERS = 200
 # Instead of a time: the job can be given now, or it was given too often.
 _READY, _FAILED = -1, -2
 
@@ -105,7 +107,7 @@ class Group:
 
     @property
     def memory(self) -> int:
-        return JOB_BYTES * (1 + len(self.jobs)) + DONE_BYTES * len(self.done)
+        return JOB_BYTES * (1 + len(self.jobs))
 
     @property
     def next_due(self) -> int | None:
@@ -135,11 +137,12 @@ class Group:
         return job
 
     def next_ready(self) -> HeldJob | None:
-        """Return the oldest job to be given again, if there is one."""
+        """Return the oldest job to be given again, if there is one. It stays available until it is given or removed."""
         while self._ready:
-            job = self.jobs.get(heapq.heappop(self._ready))
+            job = self.jobs.get(self._ready[0])
             if job is not None and job.until == _READY:
                 return job
+            heapq.heappop(self._ready)
         return None
 
     def give(self, job: HeldJob, until: int, now: int, token: bytes, worker: str) -> None:
@@ -159,8 +162,14 @@ class Group:
             heapq.heapify(self._due)
 
     def end_leases(self, now: int, max_attempts: int) -> None:
-        """Make jobs whose lease or delay has ended available again, unless they were given too often."""
-        while self._due and self._due[0][0] <= now:
+        """Make some jobs whose lease or delay has ended available again, unless they were given too often."""
+        if len(self._ready) > 2 * len(self.jobs) + 64:
+            # Leases of most were extended after their end.
+            self._ready = [job.id for job in self.jobs.values() if job.until == _READY]
+            heapq.heapify(self._ready)
+        for _ in range(_MAX_ENDED):
+            if not self._due or self._due[0][0] > now:
+                break
             until, message_id = heapq.heappop(self._due)
             job = self.jobs.get(message_id)
             if job is None or job.until != until:
@@ -178,12 +187,12 @@ class Group:
         job = self.jobs.get(receipt.id)
         return job is not None and job.is_held and job.attempt == receipt.attempt
 
-    def finish(self, receipt: Receipt) -> None:
-        """Finish a current job."""
+    def finish(self, receipt: Receipt, max_done: int) -> None:
+        """Finish a current job, and remember it as one of the last `max_done`."""
         self.counts.done += 1
         self.remove(self.jobs[receipt.id])
         self.done[receipt.id] = receipt.attempt
-        if len(self.done) > MAX_DONE:
+        for _ in range(min(2, len(self.done) - max_done)):
             del self.done[next(iter(self.done))]
 
     def extend(self, receipt: Receipt, until: int) -> None:

@@ -10,13 +10,14 @@ import logging
 import sqlite3
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from dsmq import logs
 from dsmq.errors import BadRequest, Full, JobLost, ReplyError
 from dsmq.store.api import Found, ManyTopics, Message, Outcome, Put, TopicMessage
-from dsmq.store.group import Group, GroupCounts, HeldJob, Receipt
+from dsmq.store.group import MAX_DONE, Group, GroupCounts, HeldJob, Receipt
 from dsmq.store.group_figures import GroupFigures
 from dsmq.store.schema import Batch
 from dsmq.store.selection import Selection
@@ -29,7 +30,11 @@ LEASE_AFTER_RESTART_MS = 30_000
 # The pause before the next attempt to move a job to the topic for failed jobs.
 _MOVE_AGAIN_MS = 1_000
 # Max jobs of a group moved there while holding the lock.
-_MAX_MOVED = 100
+_MAX_MOVED = 20
+# Max finished jobs remembered in all groups together, apart from the last few of each.
+_MAX_DONE, _LEAST_DONE = 30_000, 30
+# How long jobs are searched for, or given, while holding the lock, in seconds.
+_SLICE_SECONDS = 0.0005
 
 _logger = logging.getLogger(__name__)
 
@@ -101,6 +106,13 @@ class Source:
         """Return the number of messages that a topic has dropped to make room for newer ones."""
         return self._topics.dropped_by_name.get(topic, 0)
 
+    def _longest_age_ms(self) -> int:
+        raise NotImplementedError
+
+    def longest_age_ms(self) -> int:
+        """Return the highest age at which messages expire."""
+        return self._longest_age_ms()
+
     def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
         raise NotImplementedError
 
@@ -150,7 +162,11 @@ class Groups(GroupFigures):
         return group
 
     def _note_use(self, group: Group, now: int) -> None:
-        group.used_at, memory = now, group.memory
+        group.used_at = now
+        self._count_memory(group)
+
+    def _count_memory(self, group: Group) -> None:
+        memory = group.memory
         self._memory += memory - group.counted_memory
         group.counted_memory = memory
 
@@ -164,57 +180,74 @@ class Groups(GroupFigures):
         return jobs
 
     def _take(self, group: Group, request: Take, now: int) -> list[Job] | None:
-        jobs = self._give_again(group, request, now)
+        jobs, is_complete = self._give_again(group, request, now)
         left = request.max_jobs - len(jobs)
         size = sum([len(job.body) for job in jobs])
+        if not is_complete:
+            return jobs or None
         if left <= 0 or size >= request.max_bytes:
             return jobs
-        found = self._next(group, self._room(group, left, is_needed=not jobs), request.max_bytes - size)
+        try:
+            return self._give_new(group, request, now, jobs, request.max_bytes - size)
+        except ReplyError:
+            if jobs:
+                return jobs
+            raise
+
+    def _give_new(self, group: Group, request: Take, now: int, jobs: list[Job], max_bytes: int) -> list[Job] | None:
+        """Add messages that were not given before to the jobs given to a worker."""
+        room = min(self._room(group), request.max_jobs - len(jobs))
+        found = self._next(group, max(1, room), max_bytes if room > 0 else 1)
+        if found.messages and room <= 0:
+            raise self._full(group)
         for message in found.messages:
             group.count_until(message.topic, message.number, self._source.dropped(message.topic))
+            if group.selection.patterns and message.topic.endswith(FAILED_SUFFIX) > group.key.endswith(FAILED_SUFFIX):
+                # Otherwise, jobs of this group that have failed would come back as new ones.
+                continue
             job = group.add(message.id, message.topic)
             group.give(job, now + request.lease_ms, now, request.token, request.worker)
             jobs.append(Job(*message, job.attempt))
         group.position = found.position
-        return jobs if jobs or found.is_complete else None
+        return jobs if jobs or (found.is_complete and not found.messages) else None
 
-    def _room(self, group: Group, count: int, *, is_needed: bool) -> int:
-        """Return how many more jobs the limits allow, up to `count`. Raises Full if there is no room but it is needed.
+    def _room(self, group: Group) -> int:
+        """Return how many more jobs the limits allow. They apply only to new ones: all others must be given again."""
+        return self.limits.max_jobs_in_flight - len(group.jobs) if self._memory < self.limits.max_group_bytes else 0
 
-        The limits apply only to new jobs: all others must be given again.
-        """
+    def _full(self, group: Group) -> Full:
         limits = self.limits
-        room = limits.max_jobs_in_flight - len(group.jobs)
-        if room > 0 and self._memory < limits.max_group_bytes:
-            return min(room, count)
-        if not is_needed:
-            return 0
-        if room <= 0:
-            raise Full(f"too many jobs in flight (max_jobs_in_flight = {limits.max_jobs_in_flight})")
-        raise Full(f"groups of workers take too much memory (max_group_bytes = {limits.max_group_bytes})")
+        if len(group.jobs) >= limits.max_jobs_in_flight:
+            return Full(f"too many jobs in flight (max_jobs_in_flight = {limits.max_jobs_in_flight})")
+        return Full(f"groups of workers take too much memory (max_group_bytes = {limits.max_group_bytes})")
 
     def _next(self, group: Group, count: int, max_bytes: int) -> Found:
         """Return the next messages not given yet."""
-        if not count:
-            return Found(group.position, [], is_complete=True)
         if group.selection.patterns:
             return self._source.read_many(ManyTopics(group.selection, group.position, count, max_bytes))
         topic = group.key
         found = [TopicMessage(topic, *one) for one in self._source.read(topic, group.position, count, max_bytes)]
         return Found(found[-1].id if found else group.position, found, is_complete=True)
 
-    def _give_again(self, group: Group, request: Take, now: int) -> list[Job]:
+    def _give_again(self, group: Group, request: Take, now: int) -> tuple[list[Job], bool]:
+        """Return jobs that were given before, and whether there may be no more of them that are wanted."""
         jobs: list[Job] = []
-        size = 0
+        size, until = 0, time.monotonic() + _SLICE_SECONDS
         while len(jobs) < request.max_jobs and size < request.max_bytes and (job := group.next_ready()):
-            message = self._read(group, job)
-            if message is None:
-                continue
-            group.give(job, now + request.lease_ms, now, request.token, request.worker)
-            group.counts.repeated += 1
-            jobs.append(Job(job.topic, *message, job.attempt))
-            size += len(message.body)
-        return jobs
+            try:
+                message = self._read(group, job)
+            except ReplyError:
+                if jobs:
+                    return jobs, False
+                raise
+            if message is not None:
+                group.give(job, now + request.lease_ms, now, request.token, request.worker)
+                group.counts.repeated += 1
+                jobs.append(Job(job.topic, *message, job.attempt))
+                size += len(message.body)
+            if time.monotonic() > until:
+                return jobs, False
+        return jobs, True
 
     def _read(self, group: Group, job: HeldJob) -> Message | None:
         """Return the message of a job; if it has expired, remove the job."""
@@ -225,18 +258,23 @@ class Groups(GroupFigures):
         group.counts.expired += 1
         return None
 
-    def done(self, key: bytes, name: bytes, receipts: Iterable[Receipt]) -> None:
-        """Finish jobs, all or none. Raises JobLost if a receipt is no longer current."""
+    def done(self, key: bytes, name: bytes, receipts: Iterable[Receipt]) -> bool:
+        """Finish jobs, all or none; return whether the group had no room for others. Raises JobLost if a receipt is no
+        longer current.
+        """
         with self.lock:
             group = self._groups.get((key, name))
+            was_full = group is not None and self._room(group) <= 0
             known = group.done if group else {}
             current = [one for one in dict.fromkeys(receipts) if known.get(one.id) != one.attempt]
             for receipt in current:
                 group = self._check(group, receipt)
             if group:
+                max_done = min(MAX_DONE, _LEAST_DONE + _MAX_DONE // len(self._groups))
                 for receipt in current:
-                    group.finish(receipt)
+                    group.finish(receipt, max_done)
                 self._note_use(group, self._source.now())
+            return was_full
 
     def give_back(self, key: bytes, name: bytes, receipt: Receipt, delay_ms: int) -> None:
         """Make a job available again, after a delay. Raises JobLost."""
@@ -261,25 +299,34 @@ class Groups(GroupFigures):
         """Return the milliseconds after which a waiting worker should try again even without a new message."""
         with self.lock:
             group, longest = self._groups.get((key, name)), max(1, self._source.max_age_ms // 3)
+            if group and group.next_ready():
+                return 1
             due = group.next_due if group else None
             return longest if due is None else max(1, min(longest, due - self._source.now()))
 
     # Leases and failures
 
-    def expire(self) -> None:
-        """End leases, move failed jobs, and forget groups not used for max_age."""
-        with self.lock:
-            now, moved = self._source.now(), set[bytes]()
-            for key, group in list(self._groups.items()):
+    def expire(self) -> bool:
+        """End leases, move failed jobs, and forget groups not used while a message can be stored; return whether there
+        is more to do now.
+        """
+        moved, is_done = set[bytes](), True
+        for key, group in list(self._groups.items()):
+            with self.lock:
+                now = self._source.now()
                 group.end_leases(now, self.limits.max_attempts)
                 moved |= self._move_failed(group, now)
-                if group.next_due is None and now - group.used_at > self._source.max_age_ms:
+                self._count_memory(group)
+                due = group.next_due
+                is_done = is_done and not group.failed and (due is None or due > now)
+                if due is None and now - group.used_at > self._source.longest_age_ms():
                     # No worker holds a job, and all messages given have expired.
                     self._memory -= group.counted_memory
                     self._base.add(group.counts)
                     del self._groups[key]
         if moved:
             self.on_messages(moved)
+        return not is_done
 
     def _move_failed(self, group: Group, now: int) -> set[bytes]:
         """Move failed jobs to their topics, or try again later; return these topics."""
@@ -308,11 +355,11 @@ class Groups(GroupFigures):
 
     # Snapshots
 
-    def copy(self) -> list[Batch]:
-        """Return the rows of a snapshot. Requires the lock."""
+    def copy(self) -> Iterator[Batch]:
+        """Return the rows of a snapshot of this instant. Requires the lock, but not while they are iterated over."""
         groups: list[tuple[object, ...]] = []
         jobs: list[tuple[object, ...]] = []
-        numbers: list[tuple[object, ...]] = []
+        parts: list[tuple[int, dict[int, int], dict[bytes, tuple[int, int]]]] = []
         for row, group in enumerate(self._groups.values()):
             counts = group.counts
             groups.append(
@@ -324,13 +371,8 @@ class Groups(GroupFigures):
             jobs += [
                 (row, job.id, job.topic, job.attempt, job.until, job.is_held, job.token) for job in group.jobs.values()
             ]
-            jobs += [(row, message_id, None, attempt, 0, False, b"") for message_id, attempt in group.done.items()]
-            numbers += [(row, topic, *values) for topic, values in group.numbers.items()]
-        return [
-            ("INSERT INTO worker_groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", groups),
-            ("INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?)", jobs),
-            ("INSERT INTO job_numbers VALUES (?, ?, ?, ?)", numbers),
-        ]
+            parts.append((row, group.done.copy(), group.numbers.copy()))
+        return _batches(groups, jobs, parts)
 
     def load(self, source: sqlite3.Connection, now: int) -> None:
         """Restore the groups of a snapshot."""
@@ -354,3 +396,16 @@ class Groups(GroupFigures):
             by_row[row].numbers[topic] = number, dropped
         for group in by_row.values():
             self._note_use(group, group.used_at)
+
+
+def _batches(
+    groups: list[tuple[object, ...]],
+    jobs: list[tuple[object, ...]],
+    parts: list[tuple[int, dict[int, int], dict[bytes, tuple[int, int]]]],
+) -> Iterator[Batch]:
+    yield "INSERT INTO worker_groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", groups
+    insert = "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?)"
+    yield insert, jobs
+    for row, done, numbers in parts:
+        yield insert, [(row, message_id, None, attempt, 0, False, b"") for message_id, attempt in done.items()]
+        yield "INSERT INTO job_numbers VALUES (?, ?, ?, ?)", [(row, topic, *last) for topic, last in numbers.items()]
