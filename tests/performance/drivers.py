@@ -80,7 +80,7 @@ class Redis:
     def __init__(self, port: int) -> None:
         import redis
 
-        self.redis = redis.Redis(port=port, decode_responses=True)
+        self.redis = redis.Redis(port=port, decode_responses=True, socket_timeout=None)
         self.positions: dict[str, str] = {}
         self.groups: set[str] = set()
 
@@ -128,7 +128,7 @@ class RedisList:
     def __init__(self, port: int) -> None:
         import redis
 
-        self.redis = redis.Redis(port=port, decode_responses=True)
+        self.redis = redis.Redis(port=port, decode_responses=True, socket_timeout=None)
 
     def put(self, topic: str, message: str) -> None:
         self.redis.rpush(topic, message)

@@ -13,12 +13,14 @@ import importlib
 import json
 import os
 import queue
+import signal
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 import brokers
@@ -59,7 +61,7 @@ class Streams:
     def __init__(self, port: int) -> None:
         import redis
 
-        self.redis = redis.Redis(port=port, decode_responses=True)
+        self.redis = redis.Redis(port=port, decode_responses=True, socket_timeout=None)
 
     def close(self) -> None:
         self.redis.close()
@@ -81,34 +83,6 @@ class Streams:
                 for entry, fields in entries[0] if isinstance(found, dict) else entries:
                     last[topic] = entry
                     yield fields["m"]
-
-
-class PubSub:
-    """Redis publish and subscribe: not stored, and not acknowledged."""
-
-    server = "redis"
-    package = "redis"
-
-    def __init__(self, port: int) -> None:
-        import redis
-
-        self.redis = redis.Redis(port=port, decode_responses=True)
-
-    def close(self) -> None:
-        self.redis.close()
-
-    def put(self, topic: str, message: str) -> None:
-        self.redis.publish(topic, message)
-
-    def messages(self, *, is_pattern: bool) -> Iterator[Any]:
-        subscription = self.redis.pubsub(ignore_subscribe_messages=True)
-        if is_pattern:
-            subscription.psubscribe("s/*")
-        else:
-            subscription.subscribe(*TOPICS)
-        for _ in range(1 if is_pattern else len(TOPICS)):
-            subscription.get_message(timeout=60)
-        return filter(None, (message and message["data"] for message in subscription.listen()))
 
 
 class Mosquitto:
@@ -180,7 +154,6 @@ class Nats:
 SYSTEMS: dict[str, Any] = {
     "dsmq": Dsmq,
     "redis streams": Streams,
-    "redis pub/sub": PubSub,
     "mosquitto": Mosquitto,
     "nats": Nats,
 }
@@ -193,10 +166,17 @@ class Readers:
         self, system: str, port: int, kind: str, count: int, stack: ExitStack, readers: int = 1
     ) -> None:
         words = [sys.executable, __file__, "--read", system, str(port), kind, str(count), str(readers)]
-        self.process = stack.enter_context(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
-        stack.callback(self.process.kill)
+        self.process = stack.enter_context(
+            subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        )
+        stack.callback(self.stop)
         for _ in range(readers):
             self.line()
+
+    def stop(self) -> None:
+        """Kill them. Idempotent."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def line(self) -> str:
         assert self.process.stdout is not None
@@ -204,6 +184,15 @@ class Readers:
         if not line:
             raise RuntimeError("a reader has ended")
         return line
+
+
+def read_one(messages: Iterator[Any], kind: str, count: int) -> None:
+    # In one write each, because all share the pipe.
+    os.write(1, b"ready\n")
+    for number in range(count):
+        next(messages)
+        if kind == "topics" or number == count - 1:
+            os.write(1, b"%f\n" % time.monotonic())
 
 
 def read(system: str, port: str, kind: str, count: str, readers: str) -> None:
@@ -214,16 +203,17 @@ def read(system: str, port: str, kind: str, count: str, readers: str) -> None:
         if child := os.fork():
             children.append(child)
             continue
-        messages = SYSTEMS[system](int(port)).messages(is_pattern=kind == "pattern")
-        # In one write each, because all share the pipe.
-        os.write(1, b"ready\n")
-        for number in range(int(count)):
-            next(messages)
-            if kind == "topics" or number == int(count) - 1:
-                os.write(1, b"%f\n" % time.monotonic())
-        os._exit(0)
-    for child in children:
-        os.waitpid(child, 0)
+        try:
+            read_one(SYSTEMS[system](int(port)).messages(is_pattern=kind == "pattern"), kind, int(count))
+            os._exit(0)
+        except BaseException:  # noqa: BLE001 - it must not go on as its parent
+            traceback.print_exc()
+            os._exit(1)
+    for _ in children:
+        _, status = os.wait()
+        if status:
+            # Then no other may keep the pipe open.
+            os.killpg(0, signal.SIGKILL)
 
 
 def latency(system: str, port: int, count: int) -> dict[str, float]:

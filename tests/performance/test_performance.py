@@ -94,7 +94,7 @@ def test_workers_are_compared() -> None:
 
 def test_readers_of_patterns_are_compared() -> None:
     tool("redis-server", "redis-server")
-    systems = ["--systems", "dsmq", "redis streams", "redis pub/sub"]
+    systems = ["--systems", "dsmq", "redis streams"]
     small = ["--rounds", "1", "--scale", "0.02", "--readers", "1", "3"]
     figures = json.loads(run_script("performance/patterns.py", *small, "--json", *systems))
     assert len(figures) == 4
