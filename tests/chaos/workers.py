@@ -85,6 +85,8 @@ class Worker:
         self._request: Sent | None = None
         """A TAKE that was interrupted; it is sent again."""
         self._sends: list[float] = []
+        self._is_lost = False
+        """Whether the last reply was that the job is lost."""
 
     def _connect(self) -> None:
         self.peer = Wire((self.job.port,), self.job.timeout)
@@ -160,6 +162,7 @@ class Worker:
                 # The result is unknown.
                 return False
         self._log(replace(event, ended=ended, reply=reply, sends=len(sends)))
+        self._is_lost = reply == "JOBLOST"
         return True
 
     def _end(self, event: Settled, sends: list[float]) -> tuple[float, str | None]:
@@ -278,14 +281,17 @@ class LoopingWorker(TakingWorker):
 
     def settle(self, taken: Taken, verb: str, seconds: float = 0.0) -> bool:
         if verb != "done":
-            self._is_returned = super().settle(taken, verb, seconds) and verb == "return"
+            replied = super().settle(taken, verb, seconds)
+            # The loop does not try to finish a job that it knows to be lost.
+            self._is_returned = replied and (verb == "return" or self._is_lost)
             if verb == "return" and not self._is_returned:
                 # Whether it is done next, is unknown.
                 self._log(self._done(taken))
                 self._is_returned = True
             return self._is_returned
-        self._ending = self._done(taken)
-        self._log(self._ending)
+        if not self._is_returned:
+            self._ending = self._done(taken)
+            self._log(self._ending)
         return True
 
     def _done(self, taken: Taken) -> Settled:
