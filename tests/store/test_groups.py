@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -491,7 +492,8 @@ def test_snapshot_without_groups_is_loaded(store: ClockedStore, tmp_path: Path) 
     import sqlite3
 
     put(store, b"t", b"1")
-    Groups(store).load(sqlite3.connect(":memory:"), 0)
+    with closing(sqlite3.connect(":memory:")) as source:
+        Groups(store).load(source, 0)
     assert ids(take(store)) == [1]
 
 

@@ -92,6 +92,6 @@ def decode_rules(fact: bytes, limits: Limits) -> Limits:
     try:
         fields: dict[str, Any] = {"when_full": Limits().when_full, "topic": (), **json.loads(fact)}
         rules = [TopicRule(pattern.encode("latin-1"), *others) for pattern, *others in fields["topic"]]
+        return limits._replace(**fields | {"topic": tuple(rules)})
     except (AttributeError, TypeError) as error:
         raise ValueError(str(error)) from error
-    return limits._replace(**fields | {"topic": tuple(rules)})
