@@ -158,7 +158,7 @@ class AsyncClient(Client):
         self, topic: str, *, default: str | D = "", timeout: float | None = None, raw: bool = False
     ) -> str | bytes | D:
         """Like `get`, but wait up to `timeout` seconds for a message; by default, about ten."""
-        seconds = blocking.default_wait() if timeout is None else arguments.seconds("timeout", timeout)
+        seconds = blocking.wait_seconds(timeout)
         return await self._read(topic, 1, seconds, raw, default)  # type: ignore[no-any-return]
 
     @overload
@@ -211,7 +211,7 @@ class AsyncClient(Client):
         self, topic: str, group: str = "workers", *, timeout: float | None = None, lease: float = 60.0
     ) -> Job | None:
         """Take the oldest job of a topic or pattern. If this is cancelled, the next call gets the same job."""
-        seconds = blocking.default_wait() if timeout is None else arguments.seconds("timeout", timeout)
+        seconds = blocking.wait_seconds(timeout)
         work = jobs.Work(self, topic, group, seconds, lease)
         try:
             await self._advance(work)

@@ -7,8 +7,9 @@ import math
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -21,6 +22,7 @@ from dsmq.broker.connection import Connection
 from dsmq.broker.transport import MAX_HELD_BYTES
 from dsmq.broker.usage import FREE_BYTES, RECEIVE_BYTES, Budget
 from dsmq.errors import ReplyError
+from dsmq.server import Server
 from dsmq.wire.resp import encode_request
 
 # Fixtures.
@@ -118,16 +120,23 @@ def test_reply_over_total_limit_waits_for_others_to_read() -> None:
         wait_until(lambda: replies.total == 0 and not replies.queue)
 
 
+@contextmanager
+def little_room(server: Server) -> Iterator[None]:
+    """Let the reply to the one request sent meanwhile wait until there is room for it, at the end."""
+    replies, somebody = server.context.usage.replies, Mock(Connection)
+    replies.add(somebody, replies.limit - 500_000)
+    yield
+    wait_until(lambda: len(replies.queue) == 1)
+    replies.drop(somebody)
+
+
 @pytest.mark.usefixtures("patient")
 def test_messages_of_several_topics_are_not_lost_while_the_reply_waits_for_memory() -> None:
     with serving() as server, wire_to(server) as reader, wire_to(server) as writer:
         writer.call("PUT", "t", "x" * 900_000)
         wait_for_stored(server, 1)
-        replies, somebody = server.context.usage.replies, Mock(Connection)
-        replies.add(somebody, replies.limit - 500_000)
-        reader.send(encode_request(b"MREAD", b"0", b"TOPICS", b"t*"))
-        wait_until(lambda: len(replies.queue) == 1)
-        replies.drop(somebody)
+        with little_room(server):
+            reader.send(encode_request(b"MREAD", b"0", b"TOPICS", b"t*"))
         reply = reader.receive()
         assert isinstance(reply, list)
         assert (reply[0], len(reply[5])) == (1, 900_000)
@@ -139,11 +148,8 @@ def test_job_is_taken_once_while_the_reply_waits_for_memory() -> None:
     with serving() as server, wire_to(server) as worker, wire_to(server) as writer:
         for _ in range(2):
             writer.call("PUT", "t", "x" * 900_000)
-        replies, somebody = server.context.usage.replies, Mock(Connection)
-        replies.add(somebody, replies.limit - 500_000)
-        worker.send(encode_request(b"TAKE", b"t", b"w", b"60000"))
-        wait_until(lambda: len(replies.queue) == 1)
-        replies.drop(somebody)
+        with little_room(server):
+            worker.send(encode_request(b"TAKE", b"t", b"w", b"60000"))
         reply = worker.receive()
         assert isinstance(reply, list)
         assert (reply[1], len(reply[4])) == (1, 900_000)

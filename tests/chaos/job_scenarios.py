@@ -10,16 +10,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 
 from chaos.clients import Job, StopFile
-from chaos.history import Died, History, JobFailed, Sent
+from chaos.history import History, JobFailed, Sent
 from chaos.job_checker import unfinished
 from chaos.proxy import Fault, Side
 from chaos.scenarios import await_snapshots, kill_once, reset_at_random, reset_in_turn, stopped
 from chaos.servers import Lives
-from chaos.stage import SOON, TESTS, Stage
+from chaos.stage import TESTS, Stage
 from chaos.workers import KINDS, SHORT_WAITS, Wire, Worker, WorkerJob, WorkerOrders, as_words, looping
 from helpers import reached
 
@@ -254,23 +254,10 @@ def _in_processes(
     finally:
         stop.set()
         for child in children:
-            _reap(stage, child)
+            stage.reap(child)
         for path in sorted(stage.folder.glob("*.log")):
             stage.history.load(path)
     drain(stage, lives.port, group)
-
-
-def _reap(stage: Stage, child: subprocess.Popen[str]) -> None:
-    with suppress(ProcessLookupError):
-        child.send_signal(signal.SIGCONT)
-    try:
-        child.wait(SOON)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-        stage.history.add(Died(f"process {child.pid}", f"killed, because it was still running after {SOON:g} s"))
-    if child.stdout is not None:
-        child.stdout.close()
 
 
 JOB_SCENARIOS: dict[str, Callable[[Stage], None]] = {

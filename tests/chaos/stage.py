@@ -257,7 +257,7 @@ class Stage:
                 self._await_written(child, 2 if role == "fork" else 1)
             end.set()
             for child in children:
-                self._reap(child)
+                self.reap(child)
             for path in self.folder.glob("*.result.*"):
                 self.history.load(path)
 
@@ -271,7 +271,8 @@ class Stage:
             self.history.add(Died(f"process {child.pid}", f"puts not finished within {SOON:g} s"))
         watchdog.cancel()
 
-    def _reap(self, child: subprocess.Popen[str]) -> None:
+    def reap(self, child: subprocess.Popen[str]) -> None:
+        """Wait until a child has ended; kill it if that takes too long."""
         child.send_signal(signal.SIGCONT)
         try:
             child.wait(SOON)

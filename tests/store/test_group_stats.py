@@ -3,45 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from snapshotting import restored, snapshotting
 from stores import Clock, ClockedStore, expire_all, put
+from working import AGE, LEASE, W, clock, stats, store, take
 
 from dsmq.store.group import Receipt
-from dsmq.store.group_figures import GroupStats
-from dsmq.store.groups import Job, Take
 from dsmq.store.scan import MATCH_STEP, MAX_MATCHES, MAX_MERGED_TOPICS
-from dsmq.store.selection import Selection
 
-AGE, LEASE = 100_000, 1_000
-W = b"workers"
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def store(clock: Clock) -> Iterator[ClockedStore]:
-    store = ClockedStore(AGE, clock)
-    yield store
-    store.close()
-
-
-def take(store: ClockedStore, key: bytes = b"t", count: int = 1, group: bytes = W, lease_ms: int = LEASE) -> list[Job]:
-    request = Take(key, group, Selection([key]), count, 100_000, lease_ms, b"", "worker")
-    while True:
-        if (found := store.groups.take(request)) is not None:
-            return found
-
-
-def stats(store: ClockedStore) -> GroupStats:
-    [found] = store.groups.stats()
-    return found
+# Fixtures.
+__all__ = ["clock", "store"]
 
 
 def states(store: ClockedStore) -> tuple[int, int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -13,46 +12,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from snapshotting import restored, snapshotting
 from stores import Clock, ClockedStore, expire_all, put
+from working import AGE, LEASE, W, clock, stats, store, take
 
 from dsmq.errors import Full, JobLost, StoreFailed
 from dsmq.store import group as group_module
 from dsmq.store import groups as groups_module
 from dsmq.store.api import DROP_OLDEST, Limits, Message, TopicRule
 from dsmq.store.group import Receipt
-from dsmq.store.group_figures import GroupStats
-from dsmq.store.groups import LEASE_AFTER_RESTART_MS, GroupLimits, Groups, Job, Take
-from dsmq.store.selection import Selection
+from dsmq.store.groups import LEASE_AFTER_RESTART_MS, GroupLimits, Groups, Job
 
-AGE, LEASE = 100_000, 1_000
-W = b"workers"
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def store(clock: Clock) -> Iterator[ClockedStore]:
-    store = ClockedStore(AGE, clock)
-    yield store
-    store.close()
-
-
-def take(
-    store: ClockedStore,
-    key: bytes = b"t",
-    count: int = 1,
-    *,
-    group: bytes = W,
-    lease_ms: int = LEASE,
-    token: bytes = b"",
-    max_bytes: int = 100_000,
-) -> list[Job]:
-    request = Take(key, group, Selection([key]), count, max_bytes, lease_ms, token, "worker")
-    while True:
-        if (found := store.groups.take(request)) is not None:
-            return found
+# Fixtures.
+__all__ = ["clock", "store"]
 
 
 def ids(jobs: list[Job]) -> list[int]:
@@ -69,11 +39,6 @@ def give_back(store: ClockedStore, job: Job, delay_ms: int = 0) -> None:
 
 def extend(store: ClockedStore, job: Job, ms: int) -> None:
     store.groups.extend(b"t", W, Receipt(job.id, job.attempt), ms)
-
-
-def stats(store: ClockedStore) -> GroupStats:
-    [found] = store.groups.stats()
-    return found
 
 
 # Giving

@@ -195,9 +195,9 @@ class Group:
         for _ in range(min(2, len(self.done) - max_done)):
             del self.done[next(iter(self.done))]
 
-    def extend(self, receipt: Receipt, until: int) -> None:
+    def extend(self, job: HeldJob, until: int) -> None:
         """Change the lease of a current job."""
-        self._await(self.jobs[receipt.id], until)
+        self._await(job, until)
 
     def put_back(self, job: HeldJob, until: int) -> None:
         """Take a job from its worker; it is given again at the time `until`."""

@@ -106,12 +106,8 @@ class Source:
         """Return the number of messages that a topic has dropped to make room for newer ones."""
         return self._topics.dropped_by_name.get(topic, 0)
 
-    def _longest_age_ms(self) -> int:
-        raise NotImplementedError
-
     def longest_age_ms(self) -> int:
-        """Return the highest age at which messages expire."""
-        return self._longest_age_ms()
+        raise NotImplementedError
 
     def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
         raise NotImplementedError
@@ -175,7 +171,7 @@ class Groups(GroupFigures):
         jobs = []
         for job in group.repeat(request.token):
             if message := self._read(group, job):
-                group.extend(Receipt(job.id, job.attempt), now + request.lease_ms)
+                group.extend(job, now + request.lease_ms)
                 jobs.append(Job(job.topic, *message, job.attempt))
         return jobs
 
@@ -287,7 +283,7 @@ class Groups(GroupFigures):
         """Make a lease end this long from now. Raises JobLost."""
         with self.lock:
             group, now = self._check(self._groups.get((key, name)), receipt), self._source.now()
-            group.extend(receipt, now + lease_ms)
+            group.extend(group.jobs[receipt.id], now + lease_ms)
             self._note_use(group, now)
 
     def _check(self, group: Group | None, receipt: Receipt) -> Group:

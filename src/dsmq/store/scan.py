@@ -115,7 +115,8 @@ class SelectionReads:
         age_ms = self._topics.rules.of(topic).max_age_ms
         return self.max_age_ms if age_ms is None else age_ms
 
-    def _longest_age_ms(self) -> int:
+    def longest_age_ms(self) -> int:
+        """Return the highest age at which messages expire."""
         return max([self.max_age_ms, *self._topics.rules.ages])
 
     def topic_names(self) -> list[bytes]:
@@ -231,7 +232,7 @@ class SelectionReads:
         """Scan all rows. Messages of one block may be mixed, so they are sorted."""
         block, up_to, candidates = None, after, list[_Candidate]()
         by_row, block_of, matches = self._topics.by_row, self._database.block, selection.matches
-        for header in self._database.headers(after, now - self._longest_age_ms()):
+        for header in self._database.headers(after, now - self.longest_age_ms()):
             if (found := block_of(header[0], header[2])) != block:
                 if block:
                     candidates.sort()
@@ -308,7 +309,7 @@ class SelectionReads:
 
     def _scan_back(self, selection: Selection, below: int, now: int) -> Iterator[tuple[int, list[int]]]:
         block, ids = None, list[int]()
-        for header in self._database.headers_back(below, now - self._longest_age_ms()):
+        for header in self._database.headers_back(below, now - self.longest_age_ms()):
             if (found := self._database.block(header[0], header[2])) != block:
                 if block:
                     yield header[0], sorted(ids, reverse=True)
