@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ class ClockedStore(SQLiteStore):
     def __init__(self, max_age_ms: int, clock: Clock | None = None, limits: Limits | None = None) -> None:
         self.clock = clock or Clock()
         super().__init__(max_age_ms, self.clock, limits)
+        # How many jobs a TAKE gets must not depend on how busy the machine is.
+        self.groups.slice_seconds = math.inf
         self.between_batches: Callable[[], object] = bool
         """Called after each batch of a snapshot."""
         self.during_copy: Callable[[], object] = bool

@@ -98,6 +98,14 @@ def test_job_is_given_again_when_its_lease_ends_before_newer_ones(store: Clocked
     assert [(job.id, job.attempt) for job in take(store, count=9)] == [(1, 2), (2, 2), (4, 1)]
 
 
+def test_jobs_given_again_fill_only_a_slice_of_time(store: ClockedStore, clock: Clock) -> None:
+    put(store, b"t", b"1", b"2", b"3")
+    take(store, count=2)
+    clock.now += LEASE
+    store.groups.slice_seconds = -1.0
+    assert [ids(take(store, count=3)) for _ in range(3)] == [[1], [2], [3]]
+
+
 def test_returned_job_is_given_again_after_its_delay(store: ClockedStore, clock: Clock) -> None:
     put(store, b"t", b"1", b"2")
     one, two = take(store, count=2)

@@ -33,8 +33,6 @@ _MOVE_AGAIN_MS = 1_000
 _MAX_MOVED = 20
 # Max finished jobs remembered in all groups together, apart from the last few of each.
 _MAX_DONE, _LEAST_DONE = 30_000, 30
-# How long jobs are searched for, or given, while holding the lock, in seconds.
-_SLICE_SECONDS = 0.0005
 
 _logger = logging.getLogger(__name__)
 
@@ -123,6 +121,8 @@ class Groups(GroupFigures):
         self.lock = threading.Lock()
         """Acquired before the store's."""
         self.limits = GroupLimits()
+        self.slice_seconds = 0.0005
+        """How long jobs are searched for, or given again, while holding the lock."""
         self.on_messages: Callable[[set[bytes]], None] = lambda _: None
         """Called with the topics into which failed jobs were put."""
         self._source = source
@@ -228,7 +228,7 @@ class Groups(GroupFigures):
     def _give_again(self, group: Group, request: Take, now: int) -> tuple[list[Job], bool]:
         """Return jobs that were given before, and whether there may be no more of them that are wanted."""
         jobs: list[Job] = []
-        size, until = 0, time.monotonic() + _SLICE_SECONDS
+        size, until = 0, time.monotonic() + self.slice_seconds
         while len(jobs) < request.max_jobs and size < request.max_bytes and (job := group.next_ready()):
             try:
                 message = self._read(group, job)
