@@ -118,8 +118,9 @@ class _JobCheck:
         """Return until when a worker has a job for itself, as far as it knows at a time, unless it ends that itself."""
         until = taken.sent + taken.lease
         for one in settled:
-            if one.verb == "extend" and one.began < at and _is_of(one, taken) and one.reply != "JOBLOST":
-                is_sure = one.ended <= at and not self._forgotten(one, math.inf)
+            if one.verb == "extend" and one.began <= at and _is_of(one, taken):
+                # JOBLOST may answer its repetition, after a lost reply and the end of the lease that it made shorter.
+                is_sure = one.reply != "JOBLOST" and one.ended <= at and not self._forgotten(one, math.inf)
                 until = one.began + one.seconds if is_sure else min(until, one.began + one.seconds)
         return until - LEASE_SLACK_SECONDS
 

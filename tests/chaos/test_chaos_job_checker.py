@@ -76,6 +76,10 @@ CLEAN: dict[str, list[Event]] = {
         *(SERVER, put(1), *take(1, 2.0), end(1, 2.2, verb="extend", seconds=0.1)),
         *done(1, 2.4, 2, "v"),
     ],
+    "a shorter lease, whose reply was lost": [
+        *(SERVER, put(1), *take(1, 2.0), *done(1, 2.4, 2, "v")),
+        end(1, 2.2, verb="extend", seconds=0.1, reply="JOBLOST", ended=2.6),
+    ],
     "a put that raised": [SERVER, put(1, id=None, error="ConnectionLost")],
     "too old": [SERVER, put(1), *empty(9.0)],
     "nobody knows the first attempt": [SERVER, put(1), sent(2.0), *done(1, 4.0, 2)],
@@ -113,6 +117,10 @@ WRONG: dict[str, tuple[list[str], list[Event]]] = {
     "lost within the lease": (
         ["lost early"],
         [SERVER, put(1), *take(1, 2.0), end(1, 2.2, reply="JOBLOST"), *done(1, 4.0, 2)],
+    ),
+    "lost within the shorter lease": (
+        ["lost early"],
+        [SERVER, put(1), *take(1, 2.0), end(1, 2.2, verb="extend", seconds=0.4, reply="JOBLOST"), *done(1, 4.0, 2)],
     ),
     "done, and lost when it is done again": (
         ["lost early"],

@@ -473,11 +473,19 @@ with connect(port={server.port}, timeout={10 * SOON}) as mq:
 
 def test_child_forked_during_send_leaves_connection_to_parent(server: Server) -> None:
     script = f"""
-import ctypes, os, signal, sys
+import contextlib, ctypes, fcntl, os, signal, sys, termios
 from dsmq.client import connect
 child = -1
+def is_sending():
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if any(fcntl.ioctl(int(name), termios.TIOCOUTQ, bytes(4))):
+                return True
 def handle(*_):
     global child
+    if not is_sending():
+        return
+    signal.setitimer(signal.ITIMER_REAL, 0)
     child = ctypes.PyDLL(None).fork()
     if child:
         print("forked", flush=True)
@@ -485,7 +493,7 @@ signal.signal(signal.SIGALRM, handle)
 with connect(port={server.port}, timeout={SOON}) as mq:
     print("connected", flush=True)
     sys.stdin.readline()
-    signal.setitimer(signal.ITIMER_REAL, {3 * UNIT})
+    signal.setitimer(signal.ITIMER_REAL, {UNIT}, {UNIT})
     stored = mq.put("t", "x" * 8_000_000)
     if child == 0:
         os._exit(stored != 1)
