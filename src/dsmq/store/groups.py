@@ -19,6 +19,7 @@ from dsmq.errors import BadRequest, Full, JobLost, ReplyError
 from dsmq.store.api import Found, ManyTopics, Message, Outcome, Put, TopicMessage
 from dsmq.store.group import MAX_DONE, Group, GroupCounts, HeldJob, Receipt
 from dsmq.store.group_figures import GroupFigures
+from dsmq.store.read_ahead import ReadAhead
 from dsmq.store.schema import Batch
 from dsmq.store.selection import Selection
 from dsmq.store.topics import TopicTable
@@ -104,6 +105,11 @@ class Source:
         """Return the number of messages that a topic has dropped to make room for newer ones."""
         return self._topics.dropped_by_name.get(topic, 0)
 
+    @property
+    def stored_state(self) -> tuple[int, int, object]:
+        """Equal to an earlier one if no message has been deleted since, and messages still expire at the same age."""
+        return self._topics.deleted, self.max_age_ms, self._topics.rules
+
     def longest_age_ms(self) -> int:
         raise NotImplementedError
 
@@ -127,6 +133,7 @@ class Groups(GroupFigures):
         """Called with the topics into which failed jobs were put."""
         self._source = source
         self._groups: dict[tuple[bytes, bytes], Group] = {}
+        self._ahead = ReadAhead(self._read_next)
         self._memory = 0
         # Added to the counts of the groups to give those since the start: what forgotten groups have counted, without
         # what restored ones had counted before.
@@ -193,7 +200,7 @@ class Groups(GroupFigures):
     def _give_new(self, group: Group, request: Take, now: int, jobs: list[Job], max_bytes: int) -> list[Job] | None:
         """Add messages that were not given before to the jobs given to a worker."""
         room = min(self._room(group), request.max_jobs - len(jobs))
-        found = self._next(group, max(1, room), max_bytes if room > 0 else 1)
+        found = self._next(group, max(1, room), max_bytes if room > 0 else 1, now)
         if found.messages and room <= 0:
             raise self._full(group)
         for message in found.messages:
@@ -217,8 +224,13 @@ class Groups(GroupFigures):
             return Full(f"too many jobs in flight (max_jobs_in_flight = {limits.max_jobs_in_flight})")
         return Full(f"groups of workers take too much memory (max_group_bytes = {limits.max_group_bytes})")
 
-    def _next(self, group: Group, count: int, max_bytes: int) -> Found:
+    def _next(self, group: Group, count: int, max_bytes: int, now: int) -> Found:
         """Return the next messages not given yet."""
+        if count == 1:
+            return self._ahead.next(group, now, self._source.stored_state)
+        return self._read_next(group, count, max_bytes)
+
+    def _read_next(self, group: Group, count: int, max_bytes: int) -> Found:
         if group.selection.patterns:
             return self._source.read_many(ManyTopics(group.selection, group.position, count, max_bytes))
         topic = group.key
@@ -319,6 +331,7 @@ class Groups(GroupFigures):
                     # No worker holds a job, and all messages given have expired.
                     self._memory -= group.counted_memory
                     self._base.add(group.counts)
+                    self._ahead.forget(group)
                     del self._groups[key]
         if moved:
             self.on_messages(moved)
