@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import sys
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -93,7 +94,7 @@ class Group:
     counted_memory: int = 0
     """This group's share of the counted memory of all groups."""
     jobs: dict[int, HeldJob] = field(default_factory=dict)
-    done: dict[int, int] = field(default_factory=dict)
+    done: OrderedDict[int, int] = field(default_factory=OrderedDict)
     """The attempts that finished jobs, by id."""
     numbers: dict[bytes, tuple[int, int]] = field(default_factory=dict)
     """For each topic: the last number given, and the number of messages that it had dropped by then."""
@@ -193,7 +194,7 @@ class Group:
         self.remove(self.jobs[receipt.id])
         self.done[receipt.id] = receipt.attempt
         for _ in range(min(2, len(self.done) - max_done)):
-            del self.done[next(iter(self.done))]
+            self.done.popitem(last=False)
 
     def extend(self, job: HeldJob, until: int) -> None:
         """Change the lease of a current job."""
