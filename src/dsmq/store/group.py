@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import heapq
 import sys
-from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 from dsmq.store.selection import Selection
@@ -94,7 +94,7 @@ class Group:
     counted_memory: int = 0
     """This group's share of the counted memory of all groups."""
     jobs: dict[int, HeldJob] = field(default_factory=dict)
-    done: OrderedDict[int, int] = field(default_factory=OrderedDict)
+    done: dict[int, int] = field(default_factory=dict)
     """The attempts that finished jobs, by id."""
     numbers: dict[bytes, tuple[int, int]] = field(default_factory=dict)
     """For each topic: the last number given, and the number of messages that it had dropped by then."""
@@ -193,8 +193,10 @@ class Group:
         self.counts.done += 1
         self.remove(self.jobs[receipt.id])
         self.done[receipt.id] = receipt.attempt
-        for _ in range(min(2, len(self.done) - max_done)):
-            self.done.popitem(last=False)
+        if len(self.done) > max_done:
+            # Many at once, because it takes time to find the first key of a dict after those deleted before.
+            for message_id in list(islice(self.done, 1 + max_done // 16)):
+                del self.done[message_id]
 
     def extend(self, job: HeldJob, until: int) -> None:
         """Change the lease of a current job."""
