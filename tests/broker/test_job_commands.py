@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from conftest import SOON, Wire, serving, wait_until, wire_to
+from dsmq.broker.connection import Connection
 from dsmq.broker.jobs import PendingTake, TakeQueues
 from dsmq.errors import ReplyError, StoreFailed
 from dsmq.server import Server
@@ -169,11 +170,11 @@ def test_turn_passes_on_past_a_worker_that_ends_before_it_learns_of_its_turn() -
     posted: list[object] = []
     connection = cast("Any", SimpleNamespace(loop=SimpleNamespace(post=lambda call: posted.append(call.func.__self__))))
     queues = TakeQueues()
-    takes = [PendingTake(b"t", 0, 1, 1, 1, cast("Any", None), group=b"w") for _ in range(3)]
+    takes = [PendingTake(b"t", 0, 1, 1, 1, cast("Any", None)) for _ in range(3)]
     for one in takes:
         one.is_first = queues.add(one, connection)
     for one in takes[:2]:
-        queues.remove(one, connection)
+        queues.remove(one)
     assert posted == takes[1:]
 
 
@@ -319,6 +320,27 @@ def test_too_many_waiting_workers_get_busy() -> None:
         assert code(call(wire, "TAKE t w 60000 WAIT 60000")) == "BUSY"
         wire.call("PUT", "t", "x")
         assert ids(first.receive()) == [1]
+
+
+def test_worker_keeps_its_place_when_its_turn_comes() -> None:
+    """Another client gets the place of the one that has left, not that of the next."""
+    with ExitStack() as stack:
+        server = stack.enter_context(serving(max_waiting_readers=2))
+        wire, reader = stack.enter_context(wire_to(server)), stack.enter_context(wire_to(server))
+        first, second = wait_in_turn(server, stack, 2, "TAKE t w 60000 WAIT 60000")
+        waiting = server.context.usage.waiting
+        drop = waiting.drop
+
+        def drop_and_claim(connection: Connection) -> None:
+            drop(connection)
+            # As early as another client can.
+            waiting.claim(reader, 1)  # type: ignore[arg-type]
+
+        waiting.drop = drop_and_claim  # type: ignore[method-assign]
+        wire.call("PUT", "t", "x")
+        assert ids(first.receive()) == [1]
+        wire.call("PUT", "t", "y")
+        assert ids(second.receive()) == [2]
 
 
 # Figures

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import deque
+import time
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ MAX_LEASE_MS = 86_400_000
 MAX_JOBS = 1_000
 # When a waiting TAKE tries again if a limit on jobs was reached.
 _FULL_RETRY_SECONDS = 1.0
+_NO_REQUEST = Take(b"", b"", Selection(()), 0, 0, 0, b"", "")
 
 
 class TakeQueues:
@@ -47,7 +49,7 @@ class TakeQueues:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._queues: dict[tuple[bytes, bytes], deque[tuple[PendingTake, Connection]]] = {}
+        self._queues: dict[tuple[bytes, bytes], OrderedDict[PendingTake, Connection]] = {}
 
     def is_empty(self, key: tuple[bytes, bytes]) -> bool:
         return key not in self._queues
@@ -59,29 +61,29 @@ class TakeQueues:
     def add(self, pending: PendingTake, connection: Connection) -> bool:
         """Add a TAKE; return whether it is the first of its group."""
         with self._lock:
-            queue = self._queues.setdefault(pending.key, deque())
-            queue.append((pending, connection))
+            queue = self._queues.setdefault(pending.key, OrderedDict())
+            queue[pending] = connection
             return len(queue) == 1
 
-    def remove(self, pending: PendingTake, connection: Connection) -> None:
+    def remove(self, pending: PendingTake) -> None:
         """Remove a TAKE. If it was the first, it is now the turn of the next."""
         with self._lock:
             queue = self._queues[pending.key]
             # It may not know yet that it is.
-            was_first = queue[0][0] is pending
-            queue.remove((pending, connection))
+            was_first = next(iter(queue)) is pending
+            del queue[pending]
             if not queue:
                 del self._queues[pending.key]
                 return
-            first, its_connection = queue[0]
+            first, connection = next(iter(queue.items()))
         if was_first:
-            its_connection.loop.post(partial(first.come_first, its_connection))
+            connection.loop.post(partial(first.come_first, connection))
 
     def wake(self, key: tuple[bytes, bytes]) -> None:
         """Make the first one try again, because a job was returned."""
         with self._lock:
             queue = self._queues.get(key)
-            connection = queue[0][1] if queue else None
+            connection = next(iter(queue.values())) if queue else None
         if connection is not None:
             connection.loop.post(connection.reads.wake)
 
@@ -90,11 +92,7 @@ class TakeQueues:
 class PendingTake(PendingRead):
     """A TAKE, which waits like a read, but takes turns with others of its group."""
 
-    group: bytes = b""
-    selection: Selection = field(default_factory=lambda: Selection(()))
-    lease_ms: int = 0
-    token: bytes = b""
-    worker: str = ""
+    request: Take = _NO_REQUEST
     queues: TakeQueues = field(default_factory=TakeQueues)
     is_first: bool = False
     """Whether it is this one's turn."""
@@ -105,33 +103,35 @@ class PendingTake(PendingRead):
     """Whether a limit on jobs was reached."""
     jobs: list[Job] = field(default_factory=list)
     """The jobs assigned to it, if its reply has to wait for memory."""
+    leased_until: float = 0.0
 
     @property
     def key(self) -> tuple[bytes, bytes]:
-        return self.topic, self.group
+        return self.topic, self.request.group
 
     def fetch(self, store: Store) -> Any:
-        if self.jobs:
-            return self.jobs
         if self.is_asked:
             # Woken meanwhile. Another request would get other jobs, so there is nothing to do before the answer.
             return Future()
-        is_turn = self.is_first or self.queues.is_empty(self.key)
-        if not (is_turn or self.token):
-            return []
-        take = Take(
+        if self.jobs and time.monotonic() < self.leased_until:
+            return self.jobs
+        request, self.jobs = self.request, []
+        if not (self.is_first or self.queues.is_empty(self.key)):
+            if not request.token:
+                return []
             # Before its turn, only the jobs that were assigned under its token.
-            *(self.topic, self.group, self.selection, self.count if is_turn else 0, self.max_bytes),
-            *(self.lease_ms, self.token, self.worker),
-            # With a token, the jobs of an earlier request may be missing until the mirror is up to date.
-            is_waiting=self.wait_ms > 0 and (self.registered or not self.token),
-        )
+            request = request._replace(max_jobs=0)
+        if self.wait_ms and (self.registered or not request.token):
+            # With a token, the mirror may lack the jobs of an earlier request at first.
+            request = request._replace(is_waiting=True)
+        self.leased_until = time.monotonic() + request.lease_ms / 1000
         self.groups = store.groups
         try:
-            found = store.groups.take(take)
+            found = store.groups.take(request)
         except Full as error:
             return self.refuse(error)
         self.is_asked = isinstance(found, Future)
+        # An empty tuple: the search continues.
         return () if found is None else found
 
     def refuse(self, error: ReplyError) -> Any:
@@ -145,11 +145,9 @@ class PendingTake(PendingRead):
     def take(self, found: Any) -> list[Any] | None:
         self.is_asked = False
         if type(found) is tuple:
-            # The search continues.
             return None
         self.jobs = found
-        if not found:
-            self.retry_in = self._retry_in()
+        self.retry_in = self._retry_in() if self.wait_ms and not found else math.inf
         return found  # type: ignore[no-any-return]
 
     def _retry_in(self) -> float:
@@ -164,37 +162,35 @@ class PendingTake(PendingRead):
         try:
             waiters.add(*self._awaited, connection)
         except Busy:
-            self.queues.remove(self, connection)
+            self.queues.remove(self)
             raise
 
     @property
     def _awaited(self) -> tuple[Collection[bytes], Sequence[Pattern]]:
         """The topics and patterns that it waits for: none before its turn."""
-        return (self.selection.names, self.selection.patterns) if self.is_first else ((), ())
+        selection = self.request.selection
+        return (selection.names, selection.patterns) if self.is_first else ((), ())
 
     def come_first(self, connection: Connection) -> None:
         """Begin to wait for messages, because its turn has come."""
         if connection.reads.pending is not self or self.is_first:
             return
-        waiters = connection.loop.waiters
-        waiters.remove(*self._awaited, connection)
-        self.is_first = True
+        selection = self.request.selection
         try:
-            waiters.add(*self._awaited, connection)
+            connection.loop.waiters.extend(selection.names, selection.patterns, connection)
         except Busy as error:
-            self.registered = False
-            self.queues.remove(self, connection)
             connection.reads.fail(error)
         else:
+            self.is_first = True
             # There may already be messages.
             connection.reads.wake()
 
     def end_wait(self, waiters: Waiters, connection: Connection) -> None:
         waiters.remove(*self._awaited, connection)
-        self.queues.remove(self, connection)
+        self.queues.remove(self)
 
     def covers(self, topic: bytes) -> bool:
-        return self.selection.matches(topic)
+        return self.request.selection.matches(topic)
 
     def memory(self, messages: Sequence[Any]) -> int:
         return sum([len(job.topic) + len(job.body) + 2 * MESSAGE_OVERHEAD_BYTES for job in messages])
@@ -206,22 +202,31 @@ def take(client: Connection, request: list[bytes]) -> Encoded | None:
 
 def parse_take(client: Connection, request: list[bytes]) -> PendingTake:
     topic, group = _parse_key(client, request)
-    lease_ms = parse_integer(request[3], "lease-ms", 1, MAX_LEASE_MS)
-    options = parse_options(request[4:], {b"WAIT": 1, b"COUNT": 1, b"TOKEN": 1})
-    count = parse_number(options, b"COUNT", 1, 1, MAX_JOBS)
-    wait_ms = parse_number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
-    token = options.get(b"TOKEN", [b""])[0]
-    if b"TOKEN" in options and not 0 < len(token) <= MAX_NAME_BYTES:
+    words, token = request[3:], b""
+    if b"TOKEN" in words or b"TOKEN" in [word.upper() for word in words]:
+        words, token = _split_token(words)
+    lease_ms, count, wait_ms = _parse_options(*words)
+    wanted = Take(topic, group, _select(topic), count, MAX_READ_BYTES, lease_ms, token, repr(client))
+    queues = client.context.take_queues
+    return PendingTake(topic, 0, count, MAX_READ_BYTES, wait_ms, _encode, request=wanted, queues=queues)
+
+
+def _split_token(words: list[bytes]) -> tuple[list[bytes], bytes]:
+    """Return the other words, and the token, which is different each time."""
+    at = [word.upper() for word in words].index(b"TOKEN")
+    token = b"".join(words[at + 1 : at + 2])
+    if not 0 < len(token) <= MAX_NAME_BYTES:
         raise BadRequest(f"a token has 1 to {MAX_NAME_BYTES} bytes")
-    return PendingTake(
-        *(topic, 0, count, MAX_READ_BYTES, wait_ms, _encode),
-        group=group,
-        selection=_select(topic),
-        lease_ms=lease_ms,
-        token=token,
-        worker=repr(client),
-        queues=client.context.take_queues,
-    )
+    return words[:at] + words[at + 2 :], token
+
+
+@lru_cache
+def _parse_options(lease: bytes, *words: bytes) -> tuple[int, int, int]:
+    """Parse lease-ms, COUNT and WAIT."""
+    lease_ms = parse_integer(lease, "lease-ms", 1, MAX_LEASE_MS)
+    options = parse_options(words, {b"WAIT": 1, b"COUNT": 1})
+    count = parse_number(options, b"COUNT", 1, 1, MAX_JOBS)
+    return lease_ms, count, parse_number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
 
 
 def _encode(client: Connection, pending: PendingRead, jobs: Sequence[Any]) -> Encoded:
@@ -236,8 +241,12 @@ def _select(key: bytes) -> Selection:
 
 def _parse_key(client: Connection, request: list[bytes]) -> tuple[bytes, bytes]:
     """Return the topic or pattern, and the group."""
-    topic, group = request[1], request[2]
-    check_topic(topic, client.context.settings.max_topic_bytes)
+    return _check_key(request[1], request[2], client.context.settings.max_topic_bytes)
+
+
+@lru_cache(256)
+def _check_key(topic: bytes, group: bytes, max_topic_bytes: int) -> tuple[bytes, bytes]:
+    check_topic(topic, max_topic_bytes)
     if not group:
         raise BadRequest("the name of the group is empty")
     return topic, parse_name(group)

@@ -19,6 +19,7 @@ from dsmq.errors import BadRequest, Full, JobLost, ReplyError
 from dsmq.store.api import Answer, Found, ManyTopics, Message, Outcome, Put, TopicMessage
 from dsmq.store.group import MAX_DONE, Group, GroupCounts, HeldJob, Receipt
 from dsmq.store.group_figures import GroupFigures
+from dsmq.store.read_ahead import ReadAhead
 from dsmq.store.schema import Batch
 from dsmq.store.selection import Selection
 from dsmq.terminal import quoted
@@ -108,6 +109,11 @@ class Source:
         """Return the number of messages that a topic has dropped to make room for newer ones."""
         return self._topics.dropped_by_name.get(topic, 0)
 
+    @property
+    def stored_state(self) -> tuple[int, int, object]:
+        """Equal to an earlier one if no message has been deleted since, and messages still expire at the same age."""
+        return self._topics.deleted, self.max_age_ms, self._topics.rules
+
     def longest_age_ms(self) -> int:
         raise NotImplementedError
 
@@ -133,6 +139,7 @@ class Groups(GroupFigures):
         """Called with a topic or pattern and a group whose waiting workers should try again."""
         self._source = source
         self._groups: dict[tuple[bytes, bytes], Group] = {}
+        self._ahead = ReadAhead(self._read_next)
         self._memory = 0
         # Added to the counts of the groups to give those since the start: what forgotten groups have counted, without
         # what restored ones had counted before.
@@ -157,14 +164,15 @@ class Groups(GroupFigures):
     def _find(self, request: Take, now: int) -> Group:
         group = self._groups.get((request.key, request.group))
         if group is None:
-            self._check_groups()
-            group = Group(request.key, request.group, request.selection, now)
-            self._groups[request.key, request.group] = group
+            if len(self._groups) >= self.limits.max_groups:
+                raise Full(f"too many groups of workers (max_groups = {self.limits.max_groups})")
+            group = self._begin(request, now)
         return group
 
-    def _check_groups(self) -> None:
-        if len(self._groups) >= self.limits.max_groups:
-            raise Full(f"too many groups of workers (max_groups = {self.limits.max_groups})")
+    def _begin(self, request: Take, now: int) -> Group:
+        group = Group(request.key, request.group, request.selection, now)
+        self._groups[request.key, request.group] = group
+        return group
 
     def _note_use(self, group: Group, now: int) -> None:
         group.used_at = now
@@ -202,7 +210,7 @@ class Groups(GroupFigures):
     def _give_new(self, group: Group, request: Take, now: int, jobs: list[Job], max_bytes: int) -> list[Job] | None:
         """Add messages that were not given before to the jobs given to a worker."""
         room = min(self._room(group), request.max_jobs - len(jobs))
-        found = self._next(group, max(1, room), max_bytes if room > 0 else 1)
+        found = self._next(group, max(1, room), max_bytes if room > 0 else 1, now)
         if found.messages and room <= 0:
             raise self._full(group)
         for message in found.messages:
@@ -226,8 +234,13 @@ class Groups(GroupFigures):
             return Full(f"too many jobs in flight (max_jobs_in_flight = {limits.max_jobs_in_flight})")
         return Full(f"groups of workers take too much memory (max_group_bytes = {limits.max_group_bytes})")
 
-    def _next(self, group: Group, count: int, max_bytes: int) -> Found:
+    def _next(self, group: Group, count: int, max_bytes: int, now: int) -> Found:
         """Return the next messages not given yet."""
+        if count == 1:
+            return self._ahead.next(group, now, self._source.stored_state)
+        return self._read_next(group, count, max_bytes)
+
+    def _read_next(self, group: Group, count: int, max_bytes: int) -> Found:
         if group.selection.patterns:
             return self._source.read_many(ManyTopics(group.selection, group.position, count, max_bytes))
         topic = group.key
@@ -339,6 +352,7 @@ class Groups(GroupFigures):
     def _forget(self, key: tuple[bytes, bytes], group: Group) -> None:
         self._memory -= group.counted_memory
         self._base.add(group.counts)
+        self._ahead.forget(group)
         del self._groups[key]
 
     def _move_failed(self, group: Group, now: int) -> set[bytes]:
@@ -347,30 +361,16 @@ class Groups(GroupFigures):
         for job in group.failed[:MAX_MOVED]:
             try:
                 if message := self._read(group, job):
-                    put = self._failed_put(job, message.body)
+                    put = failed_put(job, message.body, self.limits)
                     self._source.append([put])
                     group.counts.failed += 1
                     group.remove(job)
                     moved.add(put[0])
             except ReplyError as error:
-                self._count_unmoved(group, job, error)
+                count_unmoved(group, job, error)
                 group.put_back(job, now + MOVE_AGAIN_MS)
         del group.failed[:MAX_MOVED]
         return moved
-
-    def _count_unmoved(self, group: Group, job: HeldJob, error: Exception) -> None:
-        if not group.counts.unmoved:
-            topic = job.topic.decode()
-            name, about = quoted(topic + FAILED_SUFFIX.decode()), logs.event("job_not_moved", topic=topic)
-            _logger.warning("failed jobs can't be moved to topic %s: %s", name, error, extra=about)
-        group.counts.unmoved += 1
-
-    def _failed_put(self, job: HeldJob, body: bytes, key: tuple[bytes, int] | None = None) -> Put:
-        """Return the put into the topic for failed jobs. Raises BadRequest."""
-        topic = job.topic + FAILED_SUFFIX
-        if len(topic) > self.limits.max_topic_bytes:
-            raise BadRequest(f"a topic has at most {self.limits.max_topic_bytes} bytes, not {len(topic)}")
-        return topic, body, key
 
     # Snapshots
 
@@ -415,6 +415,23 @@ class Groups(GroupFigures):
             by_row[row].numbers[topic] = number, dropped
         for group in by_row.values():
             self._note_use(group, group.used_at)
+
+
+def failed_put(job: HeldJob, body: bytes, limits: GroupLimits, key: tuple[bytes, int] | None = None) -> Put:
+    """Return the put into the topic for failed jobs. Raises BadRequest."""
+    topic = job.topic + FAILED_SUFFIX
+    if len(topic) > limits.max_topic_bytes:
+        raise BadRequest(f"a topic has at most {limits.max_topic_bytes} bytes, not {len(topic)}")
+    return topic, body, key
+
+
+def count_unmoved(group: Group, job: HeldJob, error: Exception) -> None:
+    """Count an unsuccessful attempt to move a job there, and log the group's first."""
+    if not group.counts.unmoved:
+        topic = job.topic.decode()
+        name, about = quoted(topic + FAILED_SUFFIX.decode()), logs.event("job_not_moved", topic=topic)
+        _logger.warning("failed jobs can't be moved to topic %s: %s", name, error, extra=about)
+    group.counts.unmoved += 1
 
 
 def _batches(

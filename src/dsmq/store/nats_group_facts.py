@@ -12,13 +12,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dsmq.errors import JobLost, StoreFailed, TooBig, Unsure
-from dsmq.store.api import Outcome
-from dsmq.store.group import Receipt
-from dsmq.store.groups import Groups, Source
+from dsmq.store.group import GroupCounts, Receipt
 from dsmq.store.nats_group_plan import Refused, SharedGroup, apply_plan, as_bytes, as_text, encode_fact
 from dsmq.store.selection import Selection
 
 if TYPE_CHECKING:
+    from dsmq.store.api import Outcome
+    from dsmq.store.groups import Source
     from dsmq.store.nats import NATSStore
     from dsmq.store.sqlite import MirrorStore
 
@@ -27,15 +27,23 @@ Key = tuple[bytes, bytes]
 Call = Callable[[Exception | None], None]
 
 
-class GroupFacts(Groups):
-    """The state of all groups, which only facts change."""
+class GroupFacts:
+    """What applies facts to the state of all groups, which nothing else changes, as part of them."""
 
-    _groups: dict[Key, SharedGroup]  # type: ignore[assignment]
+    lock: threading.Lock
+    on_available: Callable[[Key], None]
+    _source: Source
+    _groups: dict[Key, SharedGroup]
+    _memory: int
+    _base: GroupCounts
+    _forget: Callable[..., None]
+    _count_memory: Callable[..., None]
+    # What a store without an engine does at once.
+    _done: Callable[..., object]
+    _give_back: Callable[..., object]
+    _extend: Callable[..., object]
 
     def __init__(self, engine: NATSStore) -> None:
-        """Without a source until `begin`."""
-        super().__init__(Source())
-        self.lock = threading.RLock()  # type: ignore[assignment]
         self._engine = engine
         # What to call with the outcome of each fact under way.
         self._pending: dict[str, Call] = {}
@@ -99,11 +107,11 @@ class GroupFacts(Groups):
             case "take":
                 self._apply_take(key, values, message_id, age_ms)
             case "done":
-                super().done(*key, [Receipt(*one) for one in values[0]])
+                self._done(*key, [Receipt(*one) for one in values[0]])
             case "return":
-                super().give_back(*key, Receipt(*values[:2]), max(0, values[2] - age_ms))
+                self._give_back(*key, Receipt(*values[:2]), max(0, values[2] - age_ms))
             case "extend":
-                super().extend(*key, Receipt(*values[:2]), max(0, values[2] - age_ms))
+                self._extend(*key, Receipt(*values[:2]), max(0, values[2] - age_ms))
             case "end" | "remove" | "forget":
                 self._apply_end(what, key, values)
         with self.lock:

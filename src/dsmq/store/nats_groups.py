@@ -8,6 +8,7 @@ under way; requests that arrive meanwhile share the next.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -17,9 +18,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dsmq.errors import JobLost, ReplyError, StoreFailed
-from dsmq.store.api import Answer, Outcome
-from dsmq.store.group import HeldJob, Receipt
-from dsmq.store.groups import MAX_MOVED, MOVE_AGAIN_MS, Job, Take
+from dsmq.store.api import Answer, Found, Outcome
+from dsmq.store.group import Group, HeldJob, Receipt
+from dsmq.store.groups import MAX_MOVED, MOVE_AGAIN_MS, Groups, Job, Source, Take, count_unmoved, failed_put
 from dsmq.store.nats_group_facts import GroupFacts, Key
 from dsmq.store.nats_group_plan import (
     Plan,
@@ -57,11 +58,17 @@ class _Lane:
     """Whether a fact is under way."""
 
 
-class NATSGroups(GroupFacts):
+class NATSGroups(GroupFacts, Groups):
     """The groups of workers of a stream. Thread-safe."""
 
+    _groups: dict[Key, SharedGroup]  # type: ignore[assignment]
+    _done, _give_back, _extend = Groups.done, Groups.give_back, Groups.extend
+
     def __init__(self, engine: NATSStore) -> None:
-        super().__init__(engine)
+        """Without a source until `begin`."""
+        GroupFacts.__init__(self, engine)
+        Groups.__init__(self, Source())
+        self.lock = threading.RLock()  # type: ignore[assignment]
         self._lanes: dict[Key, _Lane] = {}
         # The facts under way about failed jobs, by their ids, and unused groups, with 0.
         self._ending: set[tuple[Key, int]] = set()
@@ -177,19 +184,20 @@ class NATSGroups(GroupFacts):
     def _new_plan(self, request: Take) -> Plan:
         """Raises Full."""
         now = self._source.now()
-        group = self._find(request, now)
+        group: SharedGroup = self._find(request, now)  # type: ignore[assignment]
         group.end_leases(now, self.limits.max_attempts)
         plan = Plan.of(group, self._engine.max_message_bytes, self.limits.max_topic_bytes)
         is_new = (group.key, group.name) not in self._groups
         plan.is_use = is_new or now - group.used_at > self._source.max_age_ms / _USES_PER_MAX_AGE
         return plan
 
-    def _find(self, request: Take, now: int) -> SharedGroup:
-        key = request.key, request.group
-        if group := self._groups.get(key):
-            return group
-        self._check_groups()
-        return SharedGroup(*key, request.selection, now)
+    def _begin(self, request: Take, now: int) -> SharedGroup:
+        # All servers get it by the plan.
+        return SharedGroup(request.key, request.group, request.selection, now)
+
+    def _next(self, group: Group, count: int, max_bytes: int, now: int) -> Found:  # noqa: ARG002
+        # Nothing is read in advance: a plan moves the position back if another server was first.
+        return self._read_next(group, count, max_bytes)
 
     def _fill(self, plan: Plan, asked: _Asked) -> bool:
         """Plan jobs for a request, and return True; False if it is answered otherwise. Raises ReplyError."""
@@ -287,7 +295,7 @@ class NATSGroups(GroupFacts):
         self._ending.add((key, job.id))
         answer: Answer[list[Outcome]]
         try:
-            put = self._failed_put(job, found[0].body, (b"failed-%b-%d" % (names.encode(), job.id), 1))
+            put = failed_put(job, found[0].body, self.limits, (b"failed-%b-%d" % (names.encode(), job.id), 1))
             answer = self._engine.append([put])
         except ReplyError as error:
             answer = [error]
@@ -303,7 +311,7 @@ class NATSGroups(GroupFacts):
             self._end(key, [job.id], "remove", job.id, job.version, "failed")
             return
         with self.lock:
-            self._count_unmoved(group, job, outcome)
+            count_unmoved(group, job, outcome)
             group.postpone(job, self._source.now() + MOVE_AGAIN_MS)
 
 
