@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from test_nats import Stores, bodies, put, read, value
 
 from dsmq.errors import Full, JobLost
 from dsmq.store.group import GroupCounts, Receipt
 from dsmq.store.groups import GroupLimits, Job, Take
 from dsmq.store.nats import NATSStore
 from dsmq.store.selection import Selection
-from engine import Engine, engine
 from helpers import SOON, reached, wait_until
+from store.test_nats import Stores, bodies, node, put, read, stores, value
+
+__all__ = ["node", "stores"]
 
 W = b"workers"
 LONG, SHORT = 60_000, 100
-
-
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with engine(tmp_path_factory.mktemp("nats"), 1) as running:
-        yield running
-
-
-_streams = itertools.count(1)
-
-
-@pytest.fixture
-def stores(node: Engine) -> Iterator[Stores]:
-    """Stores on a stream for one test."""
-    with ExitStack() as stack:
-        made = Stores(node.servers, stack)
-        made.stream = f"s{next(_streams)}"
-        yield made
 
 
 def take(store: NATSStore, key: bytes = b"t", count: int = 1, **options: Any) -> list[Job]:
