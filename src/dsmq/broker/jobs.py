@@ -19,7 +19,7 @@ from dsmq.broker.arguments import (
     parse_number,
     parse_options,
 )
-from dsmq.broker.reads import MAX_WAIT_MS, PendingRead, count_delivery
+from dsmq.broker.reads import MAX_WAIT_MS, PendingRead, check_epoch, count_delivery
 from dsmq.errors import BadRequest, Busy, Full, StoreFailed
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Store
 from dsmq.store.group import Receipt
@@ -237,14 +237,33 @@ def _parse_receipt(words: Sequence[bytes]) -> Receipt:
     return Receipt(parse_integer(words[0], "id", 1), parse_integer(words[1], "attempt", 1))
 
 
+def _without_epoch(request: list[bytes], least: int) -> list[bytes]:
+    """Return a request of at least this many words without the option EPOCH."""
+    if request[-2].upper() != b"EPOCH":
+        return request
+    if len(request) < least + 2:
+        raise BadRequest("EPOCH follows id, attempt and ms")
+    if len(request[-1]) > MAX_NAME_BYTES:
+        raise BadRequest(f"EPOCH: an epoch has at most {MAX_NAME_BYTES} bytes")
+    return request[:-2]
+
+
+def _check_epoch(client: Connection, request: list[bytes]) -> None:
+    """Raise WrongEpoch if the ids in a request belong to another epoch."""
+    if request[-2].upper() == b"EPOCH":
+        check_epoch(client.context.store, request[-1])
+
+
 def done(client: Connection, request: list[bytes]) -> Encoded:
     key, receipts = parse_done(client, request)
+    _check_epoch(client, request)
     if _groups(client.context.store).done(*key, receipts):
         client.context.take_queues.wake(key)
     return OK
 
 
 def parse_done(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, bytes], list[Receipt]]:
+    request = _without_epoch(request, 5)
     if len(request) % 2 == 0:
         raise BadRequest("each id needs an attempt")
     return _parse_key(client, request), [_parse_receipt(request[at : at + 2]) for at in range(3, len(request), 2)]
@@ -252,18 +271,21 @@ def parse_done(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, b
 
 def return_(client: Connection, request: list[bytes]) -> Encoded:
     key, receipt, delay_ms = parse_return(client, request)
+    _check_epoch(client, request)
     _groups(client.context.store).give_back(*key, receipt, delay_ms)
     client.context.take_queues.wake(key)
     return OK
 
 
 def parse_return(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, bytes], Receipt, int]:
+    request = _without_epoch(request, 5)
     delay_ms = parse_integer(request[5], "delay-ms", 0, MAX_LEASE_MS) if len(request) > 5 else 0
     return _parse_key(client, request), _parse_receipt(request[3:5]), delay_ms
 
 
 def extend(client: Connection, request: list[bytes]) -> Encoded:
     key, receipt, lease_ms = parse_extend(client, request)
+    _check_epoch(client, request)
     _groups(client.context.store).extend(*key, receipt, lease_ms)
     # The first waiting worker may have to wake earlier.
     client.context.take_queues.wake(key)
@@ -271,4 +293,5 @@ def extend(client: Connection, request: list[bytes]) -> Encoded:
 
 
 def parse_extend(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, bytes], Receipt, int]:
+    request = _without_epoch(request, 6)
     return _parse_key(client, request), _parse_receipt(request[3:5]), parse_integer(request[5], "ms", 1, MAX_LEASE_MS)
