@@ -184,30 +184,31 @@ def take(client: Connection, request: list[bytes]) -> Encoded | None:
 def parse_take(client: Connection, request: list[bytes]) -> PendingTake:
     topic, group = _parse_key(client, request)
     words, token = request[3:], b""
-    if b"TOKEN" in words or b"TOKEN" in [word.upper() for word in words]:
-        words, token = _split_token(words)
-    lease_ms, count, wait_ms = _parse_options(*words)
-    wanted = Take(topic, group, _select(topic), count, MAX_READ_BYTES, lease_ms, token, repr(client))
+    if len(words) > 2 and words[-2] == b"TOKEN":
+        # Usually the last option. The others are the same in many requests.
+        words, token = words[:-2], _check_token(words[-1])
+    lease_ms, count, wait_ms, other_token = _parse_options(*words)
+    if token and other_token:
+        raise BadRequest("there are two TOKENs")
+    wanted = Take(topic, group, _select(topic), count, MAX_READ_BYTES, lease_ms, token or other_token, repr(client))
     queues = client.context.take_queues
     return PendingTake(topic, 0, count, MAX_READ_BYTES, wait_ms, _encode, request=wanted, queues=queues)
 
 
-def _split_token(words: list[bytes]) -> tuple[list[bytes], bytes]:
-    """Return the other words, and the token, which is different each time."""
-    at = [word.upper() for word in words].index(b"TOKEN")
-    token = b"".join(words[at + 1 : at + 2])
+def _check_token(token: bytes) -> bytes:
     if not 0 < len(token) <= MAX_NAME_BYTES:
         raise BadRequest(f"a token has 1 to {MAX_NAME_BYTES} bytes")
-    return words[:at] + words[at + 2 :], token
+    return token
 
 
 @lru_cache
-def _parse_options(lease: bytes, *words: bytes) -> tuple[int, int, int]:
-    """Parse lease-ms, COUNT and WAIT."""
+def _parse_options(lease: bytes, *words: bytes) -> tuple[int, int, int, bytes]:
+    """Parse lease-ms, COUNT, WAIT and TOKEN."""
     lease_ms = parse_integer(lease, "lease-ms", 1, MAX_LEASE_MS)
-    options = parse_options(words, {b"WAIT": 1, b"COUNT": 1})
+    options = parse_options(words, {b"WAIT": 1, b"COUNT": 1, b"TOKEN": 1})
     count = parse_number(options, b"COUNT", 1, 1, MAX_JOBS)
-    return lease_ms, count, parse_number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
+    wait_ms = parse_number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
+    return lease_ms, count, wait_ms, _check_token(options[b"TOKEN"][0]) if b"TOKEN" in options else b""
 
 
 def _encode(client: Connection, pending: PendingRead, jobs: Sequence[Any]) -> Encoded:

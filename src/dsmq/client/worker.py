@@ -18,7 +18,7 @@ class Worker(Client):
     """The methods of a client that is a worker."""
 
     _run: Callable[..., None]
-    _wait_seconds: Callable[[float | None], float]
+    _default_wait: Callable[[], float]
 
     def take(
         self, topic: str, group: str = "workers", *, timeout: float | None = None, lease: float = 60.0
@@ -31,7 +31,7 @@ class Worker(Client):
 
         Raises Full if the server has too many groups or jobs in flight. See `Job`.
         """
-        work = jobs.Work(self, topic, group, self._wait_seconds(timeout), lease)
+        work = jobs.Work(self, topic, group, self._default_wait() if timeout is None else timeout, lease)
         try:
             for call in work.calls():
                 self._run(call)
