@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,8 @@ from dsmq.broker.arguments import (
     parse_options,
 )
 from dsmq.broker.reads import MAX_WAIT_MS, PendingRead, check_epoch, count_delivery
-from dsmq.errors import BadRequest, Busy, Full, StoreFailed
-from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Store
+from dsmq.errors import BadRequest, Busy, Full, ReplyError
+from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Store
 from dsmq.store.group import Receipt
 from dsmq.store.groups import Groups, Job, Take
 from dsmq.store.selection import Pattern, Selection
@@ -95,6 +96,11 @@ class PendingTake(PendingRead):
     queues: TakeQueues = field(default_factory=TakeQueues)
     is_first: bool = False
     """Whether it is this one's turn."""
+    groups: Groups | None = None
+    is_asked: bool = False
+    """Whether the store will answer later."""
+    is_refused: bool = False
+    """Whether a limit on jobs was reached."""
     jobs: list[Job] = field(default_factory=list)
     """The jobs assigned to it, if its reply has to wait for memory."""
     leased_until: float = 0.0
@@ -104,33 +110,52 @@ class PendingTake(PendingRead):
         return self.topic, self.request.group
 
     def fetch(self, store: Store) -> Any:
+        if self.is_asked:
+            # Woken meanwhile. Another request would get other jobs, so there is nothing to do before the answer.
+            return Future()
         if self.jobs and time.monotonic() < self.leased_until:
             return self.jobs
         request, self.jobs = self.request, []
-        is_turn = self.is_first or self.queues.is_empty(self.key)
-        if not is_turn:
+        if not (self.is_first or self.queues.is_empty(self.key)):
             if not request.token:
                 return []
             # Before its turn, only the jobs that were assigned under its token.
             request = request._replace(max_jobs=0)
-        groups = _groups(store)
+        if self.wait_ms and (self.registered or not request.token):
+            # With a token, the mirror may lack the jobs of an earlier request at first.
+            request = request._replace(is_waiting=True)
+        self.leased_until = time.monotonic() + request.lease_ms / 1000
+        self.groups = store.groups
         try:
-            found = groups.take(request)
-        except Full:
-            if not self.wait_ms:
-                raise
-            # DONE wakes it, and so does a change of the limits.
-            self.retry_in = _FULL_RETRY_SECONDS
-            return []
-        if found is None:
-            return ()
-        self.jobs, self.leased_until = found, time.monotonic() + request.lease_ms / 1000
-        self.retry_in = groups.due_in(*self.key) / 1000 if self.wait_ms and is_turn and not found else math.inf
-        return found
+            found = store.groups.take(request)
+        except Full as error:
+            return self.refuse(error)
+        self.is_asked = isinstance(found, Future)
+        # An empty tuple: the search continues.
+        return () if found is None else found
+
+    def refuse(self, error: ReplyError) -> Any:
+        self.is_asked = False
+        if not (isinstance(error, Full) and self.wait_ms):
+            raise error
+        # DONE wakes it, and so does a change of the limits.
+        self.is_refused = True
+        return []
 
     def take(self, found: Any) -> list[Any] | None:
-        # An empty tuple: the search continues.
-        return None if type(found) is tuple else found
+        self.is_asked = False
+        if type(found) is tuple:
+            return None
+        self.jobs = found
+        self.retry_in = self._retry_in() if self.wait_ms and not found else math.inf
+        return found  # type: ignore[no-any-return]
+
+    def _retry_in(self) -> float:
+        if self.is_refused:
+            self.is_refused = False
+            return _FULL_RETRY_SECONDS
+        is_turn = self.is_first or self.queues.is_empty(self.key)
+        return self.groups.due_in(*self.key) / 1000 if self.groups and is_turn else math.inf
 
     def wait(self, waiters: Waiters, connection: Connection) -> None:
         self.is_first = self.queues.add(self, connection)
@@ -169,12 +194,6 @@ class PendingTake(PendingRead):
 
     def memory(self, messages: Sequence[Any]) -> int:
         return sum([len(job.topic) + len(job.body) + 2 * MESSAGE_OVERHEAD_BYTES for job in messages])
-
-
-def _groups(store: Store) -> Groups:
-    if store.groups is None:
-        raise StoreFailed("TAKE does not work with this store yet")
-    return store.groups
 
 
 def take(client: Connection, request: list[bytes]) -> Encoded | None:
@@ -255,12 +274,31 @@ def _check_epoch(client: Connection, request: list[bytes]) -> None:
         check_epoch(client.context.store, request[-1])
 
 
-def done(client: Connection, request: list[bytes]) -> Encoded:
+@dataclass(slots=True, eq=False)
+class _PendingSettlement(PendingRead):
+    """A DONE, RETURN or EXTEND that a store answers later."""
+
+    answer: Answer[None] = None
+
+    def fetch(self, _store: Store) -> Answer[None]:
+        if isinstance(self.answer, Future) and self.answer.done():
+            self.answer = self.answer.result()
+        return self.answer
+
+    def take(self, _found: Any) -> list[Any]:
+        return []
+
+
+def _settle(client: Connection, answer: Answer[None]) -> Encoded | None:
+    if answer is None:
+        return OK
+    return client.reads.start(_PendingSettlement(b"", 0, 1, 1, 0, lambda *_: OK, answer=answer))
+
+
+def done(client: Connection, request: list[bytes]) -> Encoded | None:
     key, receipts = parse_done(client, request)
     _check_epoch(client, request)
-    if _groups(client.context.store).done(*key, receipts):
-        client.context.take_queues.wake(key)
-    return OK
+    return _settle(client, client.context.store.groups.done(*key, receipts))
 
 
 def parse_done(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, bytes], list[Receipt]]:
@@ -270,12 +308,10 @@ def parse_done(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, b
     return _parse_key(client, request), [_parse_receipt(request[at : at + 2]) for at in range(3, len(request), 2)]
 
 
-def return_(client: Connection, request: list[bytes]) -> Encoded:
+def return_(client: Connection, request: list[bytes]) -> Encoded | None:
     key, receipt, delay_ms = parse_return(client, request)
     _check_epoch(client, request)
-    _groups(client.context.store).give_back(*key, receipt, delay_ms)
-    client.context.take_queues.wake(key)
-    return OK
+    return _settle(client, client.context.store.groups.give_back(*key, receipt, delay_ms))
 
 
 def parse_return(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, bytes], Receipt, int]:
@@ -284,13 +320,10 @@ def parse_return(client: Connection, request: list[bytes]) -> tuple[tuple[bytes,
     return _parse_key(client, request), _parse_receipt(request[3:5]), delay_ms
 
 
-def extend(client: Connection, request: list[bytes]) -> Encoded:
+def extend(client: Connection, request: list[bytes]) -> Encoded | None:
     key, receipt, lease_ms = parse_extend(client, request)
     _check_epoch(client, request)
-    _groups(client.context.store).extend(*key, receipt, lease_ms)
-    # The first waiting worker may have to wake earlier.
-    client.context.take_queues.wake(key)
-    return OK
+    return _settle(client, client.context.store.groups.extend(*key, receipt, lease_ms))
 
 
 def parse_extend(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, bytes], Receipt, int]:

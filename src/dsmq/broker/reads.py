@@ -78,6 +78,10 @@ class PendingRead:
             return [message for message in found if message.id < self.below]
         return found  # type: ignore[no-any-return]
 
+    def refuse(self, error: ReplyError) -> Any:
+        """Return the argument for `take` after an error of a store that answers later, or raise the error."""
+        raise error
+
     def wait(self, waiters: Waiters, connection: Connection) -> None:
         waiters.add((self.topic,), (), connection)
 
@@ -337,7 +341,7 @@ class Reads:
             return
         try:
             if isinstance(found, ReplyError):
-                raise found
+                found = read.refuse(found)
             reply = self._reply(read, read.fetch(connection.context.store) if found is None else found)
             if reply is None:
                 return

@@ -26,6 +26,7 @@ from dsmq.store.nats_stream import (
 from dsmq.system import boot_time
 
 if TYPE_CHECKING:
+    from dsmq.store.nats_groups import NATSGroups
     from dsmq.store.nats_rules import StreamRules
     from dsmq.store.sqlite import MirrorStore
 
@@ -84,9 +85,14 @@ class Mirror(Fold):
     """Follows the stream. Used in one asyncio event loop, except for `store`, which is thread-safe."""
 
     def __init__(
-        self, connection: NATSConnection, stream: Stream, rules: StreamRules, new_store: Callable[[], MirrorStore]
+        self,
+        connection: NATSConnection,
+        stream: Stream,
+        rules: StreamRules,
+        groups: NATSGroups,
+        new_store: Callable[[], MirrorStore],
     ) -> None:
-        super().__init__(stream, new_store(), rules)
+        super().__init__(stream, new_store(), rules, groups)
         self._connection, self._new_store = connection, new_store
         self.epoch = ""
         self.on_ready: Callable[[], None] = lambda: None
@@ -211,6 +217,7 @@ class Mirror(Fold):
         with self._rules.lock:
             self._rules.fact = b""
             self.store = self._new_store()
+        self.groups.begin(self.store)
         self._stream.rules, self._stream.is_configured = None, False
         # Delayed, because other threads may be reading it.
         asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._close_oldest)

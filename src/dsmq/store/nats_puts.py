@@ -122,7 +122,7 @@ class Publisher:
         """Queue a message for the servers, in order with puts."""
         key = self._own, next(self._numbers)
         fact = _Publish(subject, b"%b:%d" % key, (b"", body, key))
-        self._queue.append(_Append([fact], answer, together=True, until=time.monotonic() + PUT_SECONDS))
+        self._queue.append(_Append([fact], answer, together=False, until=time.monotonic() + PUT_SECONDS))
         self._begin()
 
     async def run(self) -> None:

@@ -6,6 +6,7 @@ Subjects, if the stream is called `dsmq`:
     dsmq.genesis        the epoch: the first message of a stream, which never expires
     dsmq.facts.<part>   the numbers of the topics' last messages as of an id, for servers that start later
     dsmq.facts.purge    names and patterns of topics: mirrors delete all messages before this one
+    dsmq.facts.jobs     changes of groups of workers, which mirrors make only if they still apply
     dsmq.facts.rules    what topics keep from here on; the last one never expires
 
 This module uses the official client; see `nats_connection` for the requests that must be fast.
