@@ -110,12 +110,40 @@ def test_long_bodies_arrive_whole(wire: Wire) -> None:
         ("DONE t w 1 0", "attempt"),
         ("RETURN t w 1 1 x", "delay-ms"),
         ("EXTEND t w 1 1 0", "ms"),
+        ("TAKE t w 1000 TOKEN", "TOKEN"),
+        ("TAKE t w 1000 TOKEN x TOKEN y", "TOKEN"),
+        ("TAKE t w 1000 COUNT TOKEN x", "COUNT"),
+        ("TAKE t w 1000 token x TOKEN y", "TOKEN"),
+        ("DONE t w EPOCH x", "EPOCH"),
+        ("RETURN t w EPOCH x", "EPOCH"),
+        ("EXTEND t w 1 1 EPOCH x", "ms"),
+        ("DONE t w 1 1 EPOCH " + 65 * "x", "EPOCH"),
     ],
 )
 def test_invalid_request_is_refused(wire: Wire, request_: str, about: str) -> None:
     reply = call(wire, request_)
     assert code(reply) == "BADREQUEST"
     assert about in str(reply)
+
+
+@pytest.mark.parametrize("request_", ["DONE t w 1 1", "RETURN t w 1 1", "RETURN t w 1 1 5", "EXTEND t w 1 1 1000"])
+def test_job_of_another_epoch_is_refused(wire: Wire, server: Server, request_: str) -> None:
+    store = server.context.store
+    wire.call("PUT", "t", "x")
+    call(wire, "TAKE t w 60000")
+    reply = call(wire, f"{request_} EPOCH another")
+    assert (code(reply), str(reply).split()[:2]) == ("EPOCH", [store.epoch, store.run])
+    assert call(wire, f"{request_} epoch {store.epoch}") == "OK"
+    assert call(wire, "MULTI") == "OK"
+    assert call(wire, f"{request_} EPOCH another") == "QUEUED"
+    assert [code(one) for one in cast("list[object]", call(wire, "EXEC"))] == ["EPOCH"]
+
+
+def test_options_of_take_may_come_in_any_order(wire: Wire) -> None:
+    for body in "ab":
+        wire.call("PUT", "t", body)
+    assert ids(call(wire, "TAKE t w 60000 token x COUNT 2 wait 10")) == [1, 2]
+    assert ids(call(wire, "TAKE t w 60000 COUNT 2 TOKEN x")) == [1, 2]
 
 
 @pytest.mark.parametrize("request_", ["DONE t w 1 1", "RETURN t w 1 1", "EXTEND t w 1 1 1000"])

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import random
 import sys
+import threading
 import time
 from bisect import bisect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import redis
 
@@ -265,6 +267,22 @@ class TakingWorker(Worker):
         self._mq.close()
 
 
+class LostJobs(logging.Handler):
+    """Notes which job a loop has reported as lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_thread: dict[int, int] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        assert isinstance(record.args, tuple)
+        self.by_thread[threading.get_ident()] = cast("int", record.args[0])
+
+
+LOST = LostJobs()
+logging.getLogger("dsmq.client.jobs").addHandler(LOST)
+
+
 class LoopingWorker(TakingWorker):
     """The same with `work`, which ends a job when the next one is requested."""
 
@@ -301,15 +319,11 @@ class LoopingWorker(TakingWorker):
     def _take(self, request: Sent) -> tuple[float, float, list[tuple[str, int, int, str]] | None]:
         event, self._ending = self._ending, None
         self._loop = self._loop or self._mq.work(request.key, request.group, timeout=LOOP_SECONDS, lease=request.lease)
-        try:
-            found = super()._take(request)
-        except JobLost:
-            found = self._sends[-1], time.monotonic(), None
-            if event:
-                self._log(replace(event, ended=found[1], reply="JOBLOST", sends=1))
-        else:
-            if event and found[2] is not None:
-                self._log(replace(event, ended=found[1], reply="OK", sends=1))
+        LOST.by_thread.pop(threading.get_ident(), None)
+        found = super()._take(request)
+        if event and found[2] is not None:
+            is_lost = LOST.by_thread.get(threading.get_ident()) == event.id
+            self._log(replace(event, ended=found[1], reply="JOBLOST" if is_lost else "OK", sends=1))
         return found
 
     def _next(self, request: Sent) -> list[Job]:

@@ -99,6 +99,17 @@ def test_take_of_several_jobs_continues_after_those_taken_one_by_one(store: Cloc
     assert bodies(take(store, count=9)) == [b"6", b"7"]
 
 
+def test_group_that_moves_back_gives_the_same_jobs(store: ClockedStore, clock: Clock) -> None:
+    """As with a shared store, if another server has changed the group first."""
+    fill(store, clock)
+    [group] = store.groups._groups.values()
+    state = store.stored_state
+    for position in (3, 4, 5, 3, 5, 4):
+        group.position = position
+        [message] = store.groups._ahead.next(group, clock.now, state).messages
+        assert message.id == position + 1
+
+
 def test_forgotten_group_begins_again(store: ClockedStore, clock: Clock) -> None:
     fill(store, clock)
     store.groups.done(b"t", W, [Receipt(number, 1) for number in (1, 2, 3)])

@@ -20,7 +20,7 @@ from dsmq.broker.arguments import (
     parse_number,
     parse_options,
 )
-from dsmq.broker.reads import MAX_WAIT_MS, PendingRead, count_delivery
+from dsmq.broker.reads import MAX_WAIT_MS, PendingRead, check_epoch, count_delivery
 from dsmq.errors import BadRequest, Busy, Full, ReplyError
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Store
 from dsmq.store.group import Receipt
@@ -203,30 +203,31 @@ def take(client: Connection, request: list[bytes]) -> Encoded | None:
 def parse_take(client: Connection, request: list[bytes]) -> PendingTake:
     topic, group = _parse_key(client, request)
     words, token = request[3:], b""
-    if b"TOKEN" in words or b"TOKEN" in [word.upper() for word in words]:
-        words, token = _split_token(words)
-    lease_ms, count, wait_ms = _parse_options(*words)
-    wanted = Take(topic, group, _select(topic), count, MAX_READ_BYTES, lease_ms, token, repr(client))
+    if len(words) > 2 and words[-2] == b"TOKEN":
+        # Usually the last option. The others are the same in many requests.
+        words, token = words[:-2], _check_token(words[-1])
+    lease_ms, count, wait_ms, other_token = _parse_options(*words)
+    if token and other_token:
+        raise BadRequest("there are two TOKENs")
+    wanted = Take(topic, group, _select(topic), count, MAX_READ_BYTES, lease_ms, token or other_token, repr(client))
     queues = client.context.take_queues
     return PendingTake(topic, 0, count, MAX_READ_BYTES, wait_ms, _encode, request=wanted, queues=queues)
 
 
-def _split_token(words: list[bytes]) -> tuple[list[bytes], bytes]:
-    """Return the other words, and the token, which is different each time."""
-    at = [word.upper() for word in words].index(b"TOKEN")
-    token = b"".join(words[at + 1 : at + 2])
+def _check_token(token: bytes) -> bytes:
     if not 0 < len(token) <= MAX_NAME_BYTES:
         raise BadRequest(f"a token has 1 to {MAX_NAME_BYTES} bytes")
-    return words[:at] + words[at + 2 :], token
+    return token
 
 
 @lru_cache
-def _parse_options(lease: bytes, *words: bytes) -> tuple[int, int, int]:
-    """Parse lease-ms, COUNT and WAIT."""
+def _parse_options(lease: bytes, *words: bytes) -> tuple[int, int, int, bytes]:
+    """Parse lease-ms, COUNT, WAIT and TOKEN."""
     lease_ms = parse_integer(lease, "lease-ms", 1, MAX_LEASE_MS)
-    options = parse_options(words, {b"WAIT": 1, b"COUNT": 1})
+    options = parse_options(words, {b"WAIT": 1, b"COUNT": 1, b"TOKEN": 1})
     count = parse_number(options, b"COUNT", 1, 1, MAX_JOBS)
-    return lease_ms, count, parse_number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
+    wait_ms = parse_number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
+    return lease_ms, count, wait_ms, _check_token(options[b"TOKEN"][0]) if b"TOKEN" in options else b""
 
 
 def _encode(client: Connection, pending: PendingRead, jobs: Sequence[Any]) -> Encoded:
@@ -256,6 +257,23 @@ def _parse_receipt(words: Sequence[bytes]) -> Receipt:
     return Receipt(parse_integer(words[0], "id", 1), parse_integer(words[1], "attempt", 1))
 
 
+def _without_epoch(request: list[bytes], least: int) -> list[bytes]:
+    """Return a request of at least this many words without the option EPOCH."""
+    if request[-2].upper() != b"EPOCH":
+        return request
+    if len(request) < least + 2:
+        raise BadRequest("EPOCH follows id, attempt and ms")
+    if len(request[-1]) > MAX_NAME_BYTES:
+        raise BadRequest(f"EPOCH: an epoch has at most {MAX_NAME_BYTES} bytes")
+    return request[:-2]
+
+
+def _check_epoch(client: Connection, request: list[bytes]) -> None:
+    """Raise WrongEpoch if the ids in a request belong to another epoch."""
+    if request[-2].upper() == b"EPOCH":
+        check_epoch(client.context.store, request[-1])
+
+
 @dataclass(slots=True, eq=False)
 class _PendingSettlement(PendingRead):
     """A DONE, RETURN or EXTEND that a store answers later."""
@@ -279,10 +297,12 @@ def _settle(client: Connection, answer: Answer[None]) -> Encoded | None:
 
 def done(client: Connection, request: list[bytes]) -> Encoded | None:
     key, receipts = parse_done(client, request)
+    _check_epoch(client, request)
     return _settle(client, client.context.store.groups.done(*key, receipts))
 
 
 def parse_done(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, bytes], list[Receipt]]:
+    request = _without_epoch(request, 5)
     if len(request) % 2 == 0:
         raise BadRequest("each id needs an attempt")
     return _parse_key(client, request), [_parse_receipt(request[at : at + 2]) for at in range(3, len(request), 2)]
@@ -290,18 +310,22 @@ def parse_done(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, b
 
 def return_(client: Connection, request: list[bytes]) -> Encoded | None:
     key, receipt, delay_ms = parse_return(client, request)
+    _check_epoch(client, request)
     return _settle(client, client.context.store.groups.give_back(*key, receipt, delay_ms))
 
 
 def parse_return(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, bytes], Receipt, int]:
+    request = _without_epoch(request, 5)
     delay_ms = parse_integer(request[5], "delay-ms", 0, MAX_LEASE_MS) if len(request) > 5 else 0
     return _parse_key(client, request), _parse_receipt(request[3:5]), delay_ms
 
 
 def extend(client: Connection, request: list[bytes]) -> Encoded | None:
     key, receipt, lease_ms = parse_extend(client, request)
+    _check_epoch(client, request)
     return _settle(client, client.context.store.groups.extend(*key, receipt, lease_ms))
 
 
 def parse_extend(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, bytes], Receipt, int]:
+    request = _without_epoch(request, 6)
     return _parse_key(client, request), _parse_receipt(request[3:5]), parse_integer(request[5], "ms", 1, MAX_LEASE_MS)

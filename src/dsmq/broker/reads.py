@@ -285,8 +285,9 @@ class Reads:
             # A step of a transaction does not wait for messages.
             read.below, read.wait_ms = self.below, 0
         found = read.fetch(connection.context.store)
-        if type(found) is list and not (read.wait_ms or read.below or connection.transport.budget.is_tight):
-            # A shortcut for READ and GET with a store that answers at once.
+        is_tight = read.below or connection.transport.budget.is_tight
+        if type(found) is list and (found or not read.wait_ms) and not is_tight:
+            # A shortcut for READ, GET and TAKE with a store that answers at once.
             return read.encode(connection, read, found)
         self.pending = read
         reply = self._reply(read, found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from dsmq.store.api import Found, TopicMessage
 from dsmq.store.group import Group
@@ -15,7 +15,10 @@ _MIN_MESSAGES, MAX_MESSAGES, MAX_BYTES = 2, 32, 8_192
 _MAX_GROUPS = 100
 
 
-class _Ahead(NamedTuple):
+@dataclass(slots=True)
+class _Ahead:
+    after: int
+    """The messages are all that follow this id, as far as they were read."""
     messages: deque[TopicMessage]
     wanted: int
     read_at: int
@@ -32,12 +35,12 @@ class ReadAhead:
 
     def next(self, group: Group, now: int, state: object) -> Found:
         """Return the next message of a group; not given yet, so that it is returned again unless the group moves on."""
-        key = group.key, group.name
-        ahead = self._ahead.get(key)
-        if ahead is not None and ahead.state == state:
+        ahead = self._ahead.get((group.key, group.name))
+        # A group that shares its store may move back, if others did not accept what it gave.
+        if ahead is not None and ahead.after <= group.position and ahead.state == state:
             messages, passed = ahead.messages, now - ahead.read_at
             while messages and messages[0].id <= group.position:
-                messages.popleft()
+                ahead.after = messages.popleft().id
             if messages and messages[0].left_ms >= passed:
                 topic, message_id, number, age_ms, body, left_ms = messages[0]
                 message = TopicMessage(topic, message_id, number, age_ms + passed, body, left_ms - passed)
@@ -52,14 +55,14 @@ class ReadAhead:
         found = self._read(group, count, MAX_BYTES)
         if len(found.messages) < 2:
             return found
-        kept = found.messages[1:]
-        if sum([len(message.body) for message in kept]) > MAX_BYTES:
+        first, *others = found.messages
+        if sum([len(message.body) for message in others]) > MAX_BYTES:
             # The last one is long.
-            kept.pop()
-        self._ahead[key] = _Ahead(deque(kept), count, now, state)
+            others.pop()
+        self._ahead[key] = _Ahead(first.id, deque(others), count, now, state)
         if len(self._ahead) > _MAX_GROUPS:
             self._ahead.popitem(last=False)
-        return Found(found.messages[0].id, found.messages[:1], is_complete=True)
+        return Found(first.id, [first], is_complete=True)
 
     def forget(self, group: Group) -> None:
         self._ahead.pop((group.key, group.name), None)
