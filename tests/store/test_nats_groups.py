@@ -263,8 +263,10 @@ def test_limits_are_judged_once_the_mirror_is_up_to_date(stores: Stores) -> None
         server.groups.limits = GroupLimits(max_groups=1, max_jobs_in_flight=2)
     put(one, b"t", b"1", b"2", b"3")
     for _ in range(5):
-        jobs = take(one, count=9)
-        assert len(jobs) == 2
+        jobs: list[Job] = []
+        # Its mirror may lack the last message.
+        while len(jobs) < 2:
+            jobs += take(one, count=9)
         with pytest.raises(Full, match="max_jobs_in_flight = 2"):
             take(other)
         done(other, jobs)
