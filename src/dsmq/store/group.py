@@ -107,6 +107,8 @@ class Group:
     numbers: dict[bytes, tuple[int, int]] = field(default_factory=dict)
     """For each topic: the last number given, and the number of messages that it had dropped by then."""
     counts: GroupCounts = field(default_factory=GroupCounts)
+    in_flight: int = 0
+    """The number of jobs that are in flight."""
     _tokens: dict[bytes, list[Receipt]] = field(default_factory=dict)
     _due: list[tuple[int, int]] = field(default_factory=list)
     # Like `_due`, may contain ids of jobs that are no longer ready.
@@ -131,6 +133,7 @@ class Group:
     def restore(self, job: HeldJob) -> None:
         """Add a job from a snapshot."""
         self.jobs[job.id] = job
+        self.in_flight += job.is_in_flight
         self._remember_token(job)
         if job.until == FAILED:
             self.failed.append(job)
@@ -168,6 +171,8 @@ class Group:
         self._await(job, until)
 
     def _await(self, job: HeldJob, until: int) -> None:
+        if job.is_held and job.until < 0:
+            self.in_flight += 1
         job.until = until
         heapq.heappush(self._due, (until, job.id))
         if len(self._due) > 2 * len(self.jobs) + 64:
@@ -188,6 +193,7 @@ class Group:
             job = self.jobs.get(message_id)
             if job is None or job.until != until:
                 continue
+            self.in_flight -= job.is_held
             if max_attempts and job.attempt >= max_attempts:
                 self._fail(job)
             else:
@@ -221,11 +227,13 @@ class Group:
     def put_back(self, job: HeldJob, until: int) -> None:
         """Take a job from its worker; it is given again at the time `until`."""
         self._forget_token(job)
+        self.in_flight -= job.is_in_flight
         job.is_held, job.token, job.worker = False, b"", ""
         self._await(job, until)
 
     def remove(self, job: HeldJob) -> None:
         self._forget_token(job)
+        self.in_flight -= job.is_in_flight
         del self.jobs[job.id]
 
     def _remember_token(self, job: HeldJob) -> None:

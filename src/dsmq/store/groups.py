@@ -34,6 +34,8 @@ LEASE_AFTER_RESTART_MS = 30_000
 MOVE_AGAIN_MS = 1_000
 # Max jobs of a group moved there while holding the lock.
 MAX_MOVED = 20
+# Max messages given to a worker at once that were not given before.
+MAX_NEW = 100
 # Max finished jobs remembered in all groups together, apart from the last few of each.
 _MAX_DONE, _LEAST_DONE = 30_000, 30
 
@@ -209,7 +211,7 @@ class Groups(GroupFigures):
 
     def _give_new(self, group: Group, request: Take, now: int, jobs: list[Job], max_bytes: int) -> list[Job] | None:
         """Add messages that were not given before to the jobs given to a worker."""
-        room = min(self._room(group), request.max_jobs - len(jobs))
+        room = min(self._room(group), request.max_jobs - len(jobs), MAX_NEW)
         found = self._next(group, max(1, room), max_bytes if room > 0 else 1, now)
         if found.messages and room <= 0:
             raise self._full(group)
