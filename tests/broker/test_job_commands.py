@@ -20,8 +20,6 @@ from dsmq.store.group_figures import MAX_FIRST
 from dsmq.wire.resp import encode_request
 from security import READER, WRITER, wire_as
 
-pytestmark = pytest.mark.embedded("TAKE is not possible with a NATS store yet")
-
 
 def send(wire: Wire, text: str) -> None:
     wire.send(encode_request(*text.encode().split()))

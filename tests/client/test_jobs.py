@@ -34,7 +34,6 @@ from dsmq.server import Server
 from dsmq.wire.resp import Reply
 
 Client = DSMQClientSideConnection
-pytestmark = pytest.mark.embedded("TAKE is not possible with a NATS store yet")
 PRODUCER = Producer(b"run")
 BROKEN = ConnectionResetError("broken")
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, TypeVar
 from dsmq import threads
 from dsmq.errors import ReplyError, StartupError, StoreFailed, TooBig
 from dsmq.store.api import Answer, EngineStats, Outcome, Put, Timing
+from dsmq.store.nats_api import EngineError
 from dsmq.store.nats_connection import Credentials, NATSConnection, Server
 from dsmq.store.nats_groups import NATSGroups
 from dsmq.store.nats_index import ReadIndex
@@ -34,7 +35,7 @@ from dsmq.store.nats_puts import Publisher
 from dsmq.store.nats_reads import FreshReads
 from dsmq.store.nats_requests import Requests
 from dsmq.store.nats_rules import SharedLimits, StreamRules
-from dsmq.store.nats_stream import HEADER_BYTES, EngineError, Stream
+from dsmq.store.nats_stream import HEADER_BYTES, Stream
 from dsmq.store.sqlite import MirrorStore
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import itertools
 import json
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,25 @@ class GroupFacts:
             pending, self._pending = self._pending, {}
         for call in pending.values():
             call(Unsure("the mirror begins again; it may or may not have happened"))
+
+    def now(self) -> int:
+        return self._source.now()
+
+    def copy_groups(self) -> list[SharedGroup]:
+        return list(self._groups.values())
+
+    def load_groups(self, groups: Iterable[SharedGroup], as_of: int) -> None:
+        """Begin with the state as of an id, in place of that before the stream's first message."""
+        with self.lock:
+            self._groups = {(group.key, group.name): group for group in groups}
+            self.as_of = as_of
+            for group in self._groups.values():
+                self._count_memory(group)
+
+    def begin_counts(self) -> None:
+        """Count jobs from here on, because the mirror is complete."""
+        for group in self._groups.values():
+            self._base.add(group.counts, -1)
 
     def _publish(self, call: Call, what: str, key: Key, *values: object) -> None:
         """Publish a fact; call this with None once it is applied, or with the reason why it is not."""

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.errors import Full, ReplyError, StoreFailed, Unsure
 from dsmq.store.api import Outcome, Put, RetriedKey
+from dsmq.store.nats_api import FULL
 from dsmq.store.nats_connection import encode_publish, encode_token
 from dsmq.store.nats_requests import Ack, Requests
-from dsmq.store.nats_stream import FULL
 
 if TYPE_CHECKING:
     from dsmq.store.nats_index import ReadIndex
