@@ -106,7 +106,7 @@ class Plan(Group):
     _given: list[_Given] = field(default_factory=list)
     _skipped: list[tuple[str, int, int]] = field(default_factory=list)
     _expired: list[Version] = field(default_factory=list)
-    _popped: list[HeldJob] = field(default_factory=list)
+    _popped: dict[int, HeldJob] = field(default_factory=dict)
     _planned: int = 0
 
     @classmethod
@@ -148,7 +148,7 @@ class Plan(Group):
 
     def release(self) -> None:
         """Make the jobs that were planned to be given again available, as far as they have not been given."""
-        self.group.push_ready(self._popped)
+        self.group.push_ready(self._popped.values())
 
     # What `Groups` does with a group
 
@@ -156,11 +156,12 @@ class Plan(Group):
         return list(map(_copy, self.group.repeat(token)))
 
     def next_ready(self) -> HeldJob | None:
-        job = self.group.pop_ready()
-        if job is None:
-            return None
-        self._popped.append(job)
-        return _copy(job)
+        while (job := self.group.pop_ready()) is not None:
+            # It is there twice if its lease was extended after its end.
+            if job.id not in self._popped:
+                self._popped[job.id] = job
+                return _copy(job)
+        return None
 
     def count_until(self, topic: bytes, number: int, dropped: int) -> None:
         self._skipped.append((as_text(topic), number, dropped))
