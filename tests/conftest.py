@@ -172,6 +172,13 @@ def serving(store: Store | None = None, **settings: object) -> Iterator[Server]:
         yield server
 
 
+def reload(server: Server, **settings: object) -> None:
+    """Make a server apply changed settings, as on SIGHUP."""
+    changed = server.context.settings.model_copy(update=settings)
+    server._load = lambda: changed
+    server.reload()
+
+
 @pytest.fixture
 def server() -> Iterator[Server]:
     with serving() as server:

@@ -7,14 +7,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from conftest import SOON, UNIT, LethalStore, Wire, blocked, serving, wait_until, wire_to
+from conftest import SOON, UNIT, LethalStore, Wire, blocked, loop_of, reload, serving, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.broker.admission import MAX_REFUSED
 from dsmq.client import connect
@@ -135,18 +134,25 @@ def test_incomplete_request_times_out() -> None:
 
 
 def test_many_slow_complete_requests_are_served() -> None:
-    with serving(request_timeout_seconds=4 * UNIT) as server, wire_to(server) as slow:
-        request = encode_request(b"PING")
+    with serving() as server, wire_to(server) as slow:
+        request, deadlines = encode_request(b"PING"), []
         slow.send(request[:5])
         for _ in range(4):
-            time.sleep(2 * UNIT)
-            slow.send(request[5:] + request[:5])
+            wait_until(lambda: any(len(connection.requests.parser) == 5 for connection in loop_of(server).connections))
+            (connection,) = loop_of(server).connections
+            deadlines.append(connection.requests.deadline())
+            slow.send(request[5:])
             assert slow.receive() == "PONG"
+            slow.send(request[:5])
+        # Each request has its own deadline.
+        assert deadlines == sorted(set(deadlines))
 
 
 def test_idle_connection_is_closed_but_waiting_one_is_not() -> None:
-    with serving(idle_timeout_seconds=2 * UNIT) as server, wire_to(server) as idle, wire_to(server) as waiter:
+    with serving() as server, wire_to(server) as idle, wire_to(server) as waiter:
         waiter.send(encode_request(b"GETWAIT", b"t", b"%d" % round(UNIT * 5000)))
+        wait_until(lambda: server.status.waiting() == 1)
+        reload(server, idle_timeout_seconds=2 * UNIT)
         # There is no request, so there is no reply.
         assert idle.ended()
         assert waiter.receive() is None

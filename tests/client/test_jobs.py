@@ -321,9 +321,9 @@ def test_extended_job_is_kept(mq: Client, other: Client) -> None:
     mq.extend(job, UNIT)
     assert other.take("t", timeout=SOON).attempt == 2
     mq.put("t", "y")
-    job = mq.take("t", lease=2 * UNIT)
+    job = mq.take("t", lease=10 * UNIT)
     mq.extend(job, 100 * SOON)
-    assert other.take("t", timeout=4 * UNIT) is None
+    assert other.take("t", timeout=12 * UNIT) is None
     mq.done(job)
 
 

@@ -230,7 +230,7 @@ def test_reader_after_long_wait_scans_no_messages_of_other_topics() -> None:
     store = Counting()
     put(store, b"seldom", b"x")
     selection = Selection([b"sel*"])
-    store.fill(1_000_000, 10)
+    store.fill(100_000, 10)
     put(store, b"seldom", b"y")
     store.write()
     position = calls = 0
