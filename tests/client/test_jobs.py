@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import test_signals
-from scenarios import run
+from scenarios import mq, run
 from test_requests import request
 from test_session import a_session
 from test_signals import Interrupted, Steps, interrupt
@@ -32,16 +32,13 @@ from dsmq.errors import BadRequest, ClientClosed, ConnectionLost, JobLost, Proto
 from dsmq.server import Server
 from dsmq.wire.resp import Reply
 
+# Fixtures.
+__all__ = ["mq"]
+
 Client = DSMQClientSideConnection
 pytestmark = pytest.mark.embedded("TAKE is not possible with a NATS store yet")
 PRODUCER = Producer(b"run")
 BROKEN = ConnectionResetError("broken")
-
-
-@pytest.fixture
-def mq(server: Server) -> Iterator[Client]:
-    with connect(port=server.port, retry=False) as mq:
-        yield mq
 
 
 @pytest.fixture
