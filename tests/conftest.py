@@ -101,6 +101,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the NATS cluster, once for all processes that run tests."""
+    # Otherwise, each process that runs tests or is started by one compiles all modules again.
+    sys.dont_write_bytecode = False
     if config.getoption("--store") == "sqlite":
         return
     worker = getattr(config, "workerinput", None)
@@ -128,10 +130,10 @@ def clean_streams(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def clean_environment() -> Iterator[None]:
-    """Ignore the caller's settings of dsmq and of Python's buffering; undo the changes that a test makes."""
+    """Ignore the caller's settings of dsmq and of Python; undo the changes that a test makes."""
     before = os.environ.copy()
     for name in before:
-        if name.startswith("DSMQ_") or name == "PYTHONUNBUFFERED":
+        if name.startswith("DSMQ_") or name in ("PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"):
             del os.environ[name]
     yield
     os.environ.clear()
