@@ -29,6 +29,7 @@ from dsmq.client import DSMQClientSideConnection, connect, reader, requests, ses
 from dsmq.server import Server
 from dsmq.store.api import Store
 from dsmq.store.sqlite import SQLiteStore
+from engine import Engine, engine
 from helpers import (
     HOST,
     ROOT,
@@ -185,6 +186,20 @@ def reload(server: Server, **settings: object) -> None:
 def server() -> Iterator[Server]:
     with serving() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def shared_daemon() -> Iterator[Daemon]:
+    """A server for all tests that neither stop nor change it; each test uses its own topic."""
+    with daemon() as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def shared_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A NATS server for all tests that neither stop nor change it; each test uses its own stream."""
+    with engine(tmp_path_factory.mktemp("nats"), 1) as running:
+        yield running
 
 
 @pytest.fixture

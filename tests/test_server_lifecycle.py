@@ -20,7 +20,7 @@ from dsmq.client import connect
 from dsmq.errors import ServerFailed, ShuttingDown, StartupError
 from dsmq.server import Server
 from dsmq.wire.resp import encode_request
-from engine import engine
+from engine import Engine
 from helpers import HOST
 
 
@@ -200,12 +200,13 @@ def test_stop_answers_waiting_readers_then_closes(server: Server) -> None:
     assert server.stop() == []
 
 
-def test_stop_with_a_shared_store_answers_waiting_readers_then_closes(tmp_path: Path) -> None:
-    with engine(tmp_path, 1) as running, ExitStack() as stack:
+def test_stop_with_a_shared_store_answers_waiting_readers_then_closes(shared_node: Engine) -> None:
+    with ExitStack() as stack:
         settings = config.load(
             kind=config.EmbeddedSettings,
             port=0,
-            store=f"nats://{HOST}:{running.nodes[0].port}",
+            store=f"nats://{HOST}:{shared_node.nodes[0].port}",
+            store_stream="stop",
             store_replicas=1,
         )
         server = stack.enter_context(Server(settings))

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from commands import NASTY, address, assert_one_line, mq, on_terminal, result, server, started, topic
+from commands import NASTY, address, assert_one_line, mq, on_terminal, result, started, topic
 
 from conftest import SOON, UNIT, Daemon, daemon, wait_until
 from dsmq import aio
@@ -25,7 +25,14 @@ from dsmq.client import DSMQClientSideConnection
 from helpers import refusing_address
 
 # Fixtures.
-__all__ = ["address", "mq", "server", "topic"]
+__all__ = ["address", "mq", "topic"]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Daemon]:
+    """A server with few topics, so that they fit on a screen."""
+    with daemon() as process:
+        yield process
 
 
 def values(out: bytes) -> dict[str, str]:

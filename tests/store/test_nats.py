@@ -29,12 +29,6 @@ T = TypeVar("T")
 MAX_AGE_MS = 600_000
 
 
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with engine(tmp_path_factory.mktemp("nats"), 1) as running:
-        yield running
-
-
 class Stores:
     """Creates stores on one engine, and closes them."""
 
@@ -55,11 +49,11 @@ class Stores:
 
 
 @pytest.fixture
-def stores(node: Engine, request: pytest.FixtureRequest) -> Iterator[Stores]:
+def stores(shared_node: Engine, request: pytest.FixtureRequest) -> Iterator[Stores]:
     """Stores on a stream for one test."""
     with ExitStack() as stack:
-        made = Stores(node.servers, stack)
-        made.stream = f"s{abs(hash(request.node.name))}"
+        made = Stores(shared_node.servers, stack)
+        made.stream = f"s{abs(hash(request.node.nodeid))}"
         yield made
 
 

@@ -12,9 +12,9 @@ from dsmq.store.nats import NATSStore
 from dsmq.store.selection import Selection
 from dsmq.store.sqlite import MirrorStore
 from helpers import wait_until
-from store.test_nats import Stores, bodies, in_engine, node, put, read, stores, value
+from store.test_nats import Stores, bodies, in_engine, put, read, stores, value
 
-__all__ = ["node", "stores"]
+__all__ = ["stores"]
 
 
 def purge(store: NATSStore, *words: bytes) -> int:
