@@ -47,12 +47,19 @@ READ_FIELDS = 5
 
 
 @contextmanager
-def working(stage: Stage, port: int, groups: Sequence[tuple[str, str]] = GROUPS, **about: object) -> Iterator[None]:
-    """Put jobs, and let workers in threads do them. In the end, all are to be done."""
+def working(stage: Stage, *ports: int, groups: Sequence[tuple[str, str]] = GROUPS, **about: object) -> Iterator[None]:
+    """Put jobs, and let workers in threads do them. In the end, all are to be done.
+
+    If several servers share a store, `ports` are theirs, and clients begin with different ones.
+    """
     jobs = [
-        replace(WorkerJob(f"worker-{key}-{group}-{number}", key, group, port, stage.seed), **about)  # type: ignore[arg-type]
+        replace(WorkerJob(f"worker-{key}-{group}-{number}", key, group, seed=stage.seed), **about)  # type: ignore[arg-type]
         for key, group in groups
         for number in range(WORKERS)
+    ]
+    jobs = [
+        replace(job, port=ports[at], others=(*ports[at + 1 :], *ports[:at]))
+        for job, at in zip(jobs, itertools.cycle(range(len(ports))), strict=False)
     ]
     stop = threading.Event()
     # In each group, one with each kind of client.
@@ -60,19 +67,19 @@ def working(stage: Stage, port: int, groups: Sequence[tuple[str, str]] = GROUPS,
     workers = [KINDS[job.kind](job, stage.history.add) for job in jobs]
     clients = [stage.start(one.job.name, lambda one=one: one.run(stop)) for one in workers]
     try:
-        with putting(stage, port):
+        with putting(stage, *ports):
             yield
     finally:
         stop.set()
         stage.join(clients)
         for one in workers:
             one.close()
-    drain(stage, port, groups)
+    drain(stage, ports[0], groups)
 
 
 @contextmanager
-def putting(stage: Stage, port: int) -> Iterator[None]:
-    with stage.crowd(port, writers=2, readers=0, redis=False, job=WRITERS):
+def putting(stage: Stage, *ports: int) -> Iterator[None]:
+    with stage.crowd(ports[0], writers=2, readers=0, redis=False, job=WRITERS, ports=ports):
         yield
 
 
@@ -175,7 +182,7 @@ def workers_that_fail(stage: Stage) -> None:
     lives = stage.lives(max_attempts=MAX_ATTEMPTS)
     stage.history.max_attempts = MAX_ATTEMPTS
     ratios = {"return": 0.5, "late": 0.02, "forget": 0.01}
-    with working(stage, lives.port, GROUPS[2:], ratios=ratios):
+    with working(stage, lives.port, groups=GROUPS[2:], ratios=ratios):
         stage.pause(2, 0.8)
 
 

@@ -52,6 +52,8 @@ class WorkerJob:
     key: str
     group: str
     port: int = 0
+    others: tuple[int, ...] = ()
+    """The ports of other servers that share a store."""
     seed: int = 0
     timeout: float = 5.0
     """How long it waits for a reply, in seconds."""
@@ -95,7 +97,7 @@ class Worker:
         """Whether the last reply was that the job is lost."""
 
     def _connect(self) -> None:
-        self.peer = Wire((self.job.port,), self.job.timeout)
+        self.peer = Wire((self.job.port, *self.job.others), self.job.timeout)
 
     def run(self, stop: Stop) -> None:
         while not (stop.is_set() or self.is_finished):
@@ -212,7 +214,8 @@ class TakingWorker(Worker):
     """The same with the client's methods for workers. Each may be interrupted at one line of dsmq after another."""
 
     def _connect(self) -> None:
-        self._mq = connect(HOST, self.job.port, timeout=self.job.timeout)
+        hosts = [f"{HOST}:{port}" for port in (self.job.port, *self.job.others)]
+        self._mq = connect(hosts, timeout=self.job.timeout)
         self._jobs: dict[tuple[int, int], Job] = {}
         # The line at which each method is interrupted next, and those that have been interrupted at all.
         self._lines: dict[str, int] = {}

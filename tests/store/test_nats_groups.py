@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from dsmq.errors import Full, JobLost
 from dsmq.store.group import GroupCounts, Receipt
 from dsmq.store.groups import GroupLimits, Job, Take
 from dsmq.store.nats import NATSStore
+from dsmq.store.nats_group_plan import Refused, SharedGroup, apply_plan
 from dsmq.store.nats_group_state import read_state, write_state
 from dsmq.store.selection import Selection
 from helpers import SOON, reached, wait_until
@@ -332,6 +334,63 @@ def test_facts_that_cannot_be_read_are_skipped(stores: Stores) -> None:
     assert len(take(one)) == 1
     await_same(one, other)
     assert one.mirror.skipped == 3
+
+
+def test_group_continues_at_another_server_when_one_ends(stores: Stores) -> None:
+    one, other = stores(), stores()
+    put(one, b"t", b"1", b"2")
+    [first, second] = take(one, count=2, token=b"x")
+    one.close()
+    done(other, [first])
+    assert [job.id for job in take(other, token=b"x")] == [second.id]
+
+
+def test_full_stream_refuses_takes_and_ends_of_jobs_until_there_is_room(stores: Stores) -> None:
+    one, other = stores(), stores()
+    put(one, b"t", b"1", b"2")
+    jobs = take(one)
+
+    async def limit(jetstream: Any, *, on: bool) -> None:
+        info = await jetstream.stream_info(stores.stream)
+        info.config.max_bytes = info.state.bytes if on else -1
+        await jetstream.update_stream(info.config)
+
+    in_engine(stores.servers, partial(limit, on=True))
+    for server in (one, other):
+        for request in (take, lambda server: done(server, jobs)):
+            with pytest.raises(Full):
+                request(server)
+    # That needs no fact.
+    with pytest.raises(JobLost):
+        done(other, [jobs[0]._replace(attempt=9)])
+    in_engine(stores.servers, partial(limit, on=False))
+    done(one, jobs)
+    assert [job.body for job in take(other)] == [b"2"]
+
+
+def test_both_servers_get_jobs(stores: Stores) -> None:
+    servers = stores(), stores()
+    put(servers[0], b"t", *[b"x"] * 400)
+
+    def work(store: NATSStore) -> int:
+        count = 0
+        while jobs := take(store):
+            done(store, jobs)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(4) as pool:
+        counts = list(pool.map(work, servers * 2))
+    assert sum(counts) == 400
+    assert min(counts[0] + counts[2], counts[1] + counts[3]) > 40
+
+
+def test_repeated_request_planned_without_knowing_of_the_first_is_refused() -> None:
+    group = SharedGroup(b"t", W, Selection([b"t"]), 0)
+    apply_plan(group, [0, 1, [["x", "w", LONG, {"t": [[1, 1, 0]]}, [], []]], [], []], 5, 0, 0)
+    with pytest.raises(Refused):
+        apply_plan(group, [1, 2, [["x", "w", LONG, {"t": [[2, 2, 0]]}, [], []]], [], []], 6, 0, 0)
+    apply_plan(group, [1, 2, [["y", "w", LONG, {"t": [[2, 2, 0]]}, [], []]], [], []], 7, 0, 0)
 
 
 # Servers that start later

@@ -106,7 +106,7 @@ class Plan(Group):
     _given: list[_Given] = field(default_factory=list)
     _skipped: list[tuple[str, int, int]] = field(default_factory=list)
     _expired: list[Version] = field(default_factory=list)
-    _popped: list[HeldJob] = field(default_factory=list)
+    _popped: dict[int, HeldJob] = field(default_factory=dict)
     _planned: int = 0
 
     @classmethod
@@ -148,7 +148,7 @@ class Plan(Group):
 
     def release(self) -> None:
         """Make the jobs that were planned to be given again available, as far as they have not been given."""
-        self.group.push_ready(self._popped)
+        self.group.push_ready(self._popped.values())
 
     # What `Groups` does with a group
 
@@ -156,11 +156,12 @@ class Plan(Group):
         return list(map(_copy, self.group.repeat(token)))
 
     def next_ready(self) -> HeldJob | None:
-        job = self.group.pop_ready()
-        if job is None:
-            return None
-        self._popped.append(job)
-        return _copy(job)
+        while (job := self.group.pop_ready()) is not None:
+            # It is there twice if its lease was extended after its end.
+            if job.id not in self._popped:
+                self._popped[job.id] = job
+                return _copy(job)
+        return None
 
     def count_until(self, topic: bytes, number: int, dropped: int) -> None:
         self._skipped.append((as_text(topic), number, dropped))
@@ -225,14 +226,14 @@ def _apply_given(group: SharedGroup, given: list[Any], now: int, age_ms: int) ->
     token, worker, lease_ms, new, again, repeated = given
     until, since = now + max(0, lease_ms - age_ms), max(0, now - age_ms)
     jobs = []
-    for topic, numbers in new.items():
+    # In the order of ids, like all jobs of a group.
+    for message_id, number, dropped, topic in sorted((*one, topic) for topic, found in new.items() for one in found):
         name = as_bytes(topic)
-        for message_id, number, dropped in numbers:
-            group.count_until(name, number, dropped)
-            jobs.append(group.add(message_id, name))
+        group.count_until(name, number, dropped)
+        jobs.append(group.add(message_id, name))
     group.counts.repeated += len(again)
     jobs += [group.jobs[one] for one, _ in again]
-    # In the order of ids, in which they are returned if the request is repeated.
+    # In the order in which they are returned if the request is repeated.
     for job in sorted(jobs, key=lambda job: job.id):
         group.give(job, until, since, as_bytes(token), worker)
     for one, _ in repeated:
