@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import test_signals
-from scenarios import run
+from scenarios import mq, run
 from test_requests import request
 from test_requests import requests as parsed
 from test_session import a_session
@@ -33,15 +33,12 @@ from dsmq.errors import BadRequest, ClientClosed, ConnectionLost, JobLost, Proto
 from dsmq.server import Server
 from dsmq.wire.resp import Reply
 
+# Fixtures.
+__all__ = ["mq"]
+
 Client = DSMQClientSideConnection
 PRODUCER = Producer(b"run")
 BROKEN = ConnectionResetError("broken")
-
-
-@pytest.fixture
-def mq(server: Server) -> Iterator[Client]:
-    with connect(port=server.port, retry=False) as mq:
-        yield mq
 
 
 @pytest.fixture
@@ -351,9 +348,9 @@ def test_extended_job_is_kept(mq: Client, other: Client) -> None:
     mq.extend(job, UNIT)
     assert other.take("t", timeout=SOON).attempt == 2
     mq.put("t", "y")
-    job = mq.take("t", lease=2 * UNIT)
+    job = mq.take("t", lease=10 * UNIT)
     mq.extend(job, 100 * SOON)
-    assert other.take("t", timeout=4 * UNIT) is None
+    assert other.take("t", timeout=12 * UNIT) is None
     mq.done(job)
 
 
@@ -756,6 +753,34 @@ def test_cancelled_asyncio_take_leaves_its_job_to_the_next(server: Server, mq: C
 
     run(server, scenario)
     assert texts(mq) == []
+
+
+def test_asyncio_loop_cancelled_after_any_number_of_iterations_loses_no_job(server: Server, mq: Client) -> None:
+    """Each step finishes the job before, and takes the next one."""
+
+    async def scenario(one: AsyncClient) -> None:
+        loop, got = one.work("t", lease=100 * SOON), 0
+        for iterations in itertools.count():
+            mq.put("t", str(iterations))
+            task = asyncio.create_task(anext(loop))
+            for _ in range(iterations // 2):
+                await asyncio.sleep(0)
+            is_over = task.done()
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            job = task.result() if not task.cancelled() else await anext(loop)
+            assert (job.text, job.attempt) == (str(iterations), 1)
+            got += task.cancelled()
+            if is_over:
+                break
+        assert got > 2
+        await one.done(job)
+        await loop.aclose()  # type: ignore[attr-defined]
+
+    run(server, scenario)
+    assert texts(mq) == []
+    assert mq.stats("t")["workers:done"] == mq.stats("t")["last_number"]
 
 
 def test_asyncio_loop_survives_cancelled_anext(server: Server, mq: Client) -> None:
