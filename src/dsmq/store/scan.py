@@ -122,24 +122,6 @@ class SelectionReads:
     def topic_names(self) -> list[bytes]:
         return list(self._topics.by_name)
 
-    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
-        known = self._topics.by_name.get(topic)
-        if known is None:
-            return None
-        with self._database:
-            now = self._clock()
-            since = now - self._age_ms(known)
-            if at := bisect_left(known.buffered, (below,)):
-                message_id, number, put_at, body = known.buffered[at - 1]
-            else:
-                rows = self._database.headers_back(below, since, known.row)
-                found = next((one for one in _messages_back(rows, known) if one[0] < below), None)
-                if found is None:
-                    return None
-                message_id, number, put_at, size, _, row, start, _ = found
-                body = self._database.bodies(row, row)[row][start : start + size]
-            return Message(message_id, number, now - put_at, body, put_at - since) if put_at >= since else None
-
     def backlog(self, selection: Selection, after: int, given: Mapping[bytes, int], until: float) -> tuple[int, int]:
         """Return how many messages of a selection have ids above `after`, and the age of the first in milliseconds.
 
