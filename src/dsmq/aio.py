@@ -228,15 +228,15 @@ class AsyncClient(Client):
 
     async def done(self, job: Job) -> None:
         """Finish a job. Raises JobLost if its lease has ended."""
-        await self._settle(jobs.done(job), job)
+        await self._settle(jobs.done(job))
 
     async def give_back(self, job: Job, *, delay: float = 0.0) -> None:
         """Return a job to its group, after `delay` seconds. Raises JobLost if its lease has ended."""
-        await self._settle(jobs.give_back(job, delay), job)
+        await self._settle(jobs.give_back(job, delay))
 
     async def extend(self, job: Job, seconds: float) -> None:
         """Make a job's lease end in `seconds`. Raises JobLost if it has already ended."""
-        await self._settle(jobs.extend(job, seconds), job)
+        await self._settle(jobs.extend(job, seconds))
 
     async def ping(self) -> None:
         """Check that the server answers."""
@@ -328,9 +328,9 @@ class AsyncClient(Client):
                 await (self._here().wait(call) if call.waits else self._run(call))
         return taken
 
-    async def _settle(self, call: Settle, job: Job) -> None:
+    async def _settle(self, call: Settle) -> None:
         await self._run(call)
-        call.accept(jobs_of(self._session).leases, job)
+        call.accept(jobs_of(self._session).leases)
 
     async def _leave(self, receipts: list[Receipt], finished: Job | None = None) -> None:
         """Give back jobs, and finish one, if the server answers now. Otherwise, their leases will end."""

@@ -100,7 +100,7 @@ class Forgotten(ReplyError, code="FORGOTTEN"):
 
 
 class WrongEpoch(ReplyError, code="EPOCH"):
-    """The epoch in READ, or the run in PUT, is not the server's; the message begins with the server's."""
+    """The epoch in a request, or the run in PUT, is not the server's; the message begins with the server's."""
 
 
 class Aborted(ReplyError, code="EXECABORT"):

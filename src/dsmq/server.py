@@ -222,6 +222,7 @@ class Server:
 
     def _open_store(self) -> bool:
         """Wait until the store is ready, while /readyz reports why it is not; return False if asked to stop first."""
+        self._store.groups.on_available = self.context.take_queues.wake
         self._store.start(partial(_wake_readers, self._workers), partial(_disconnect_clients, self._workers))
         if self._store.wait(0.0):
             return True

@@ -12,14 +12,13 @@ from typing import Any, cast
 import pytest
 
 from conftest import SOON, Wire, serving, wait_until, wire_to
+from dsmq.broker.connection import Connection
 from dsmq.broker.jobs import PendingTake, TakeQueues
 from dsmq.errors import ReplyError, StoreFailed
 from dsmq.server import Server
 from dsmq.store.group_figures import MAX_FIRST
 from dsmq.wire.resp import encode_request
 from security import READER, WRITER, wire_as
-
-pytestmark = pytest.mark.embedded("TAKE is not possible with a NATS store yet")
 
 
 def send(wire: Wire, text: str) -> None:
@@ -111,12 +110,40 @@ def test_long_bodies_arrive_whole(wire: Wire) -> None:
         ("DONE t w 1 0", "attempt"),
         ("RETURN t w 1 1 x", "delay-ms"),
         ("EXTEND t w 1 1 0", "ms"),
+        ("TAKE t w 1000 TOKEN", "TOKEN"),
+        ("TAKE t w 1000 TOKEN x TOKEN y", "TOKEN"),
+        ("TAKE t w 1000 COUNT TOKEN x", "COUNT"),
+        ("TAKE t w 1000 token x TOKEN y", "TOKEN"),
+        ("DONE t w EPOCH x", "EPOCH"),
+        ("RETURN t w EPOCH x", "EPOCH"),
+        ("EXTEND t w 1 1 EPOCH x", "ms"),
+        ("DONE t w 1 1 EPOCH " + 65 * "x", "EPOCH"),
     ],
 )
 def test_invalid_request_is_refused(wire: Wire, request_: str, about: str) -> None:
     reply = call(wire, request_)
     assert code(reply) == "BADREQUEST"
     assert about in str(reply)
+
+
+@pytest.mark.parametrize("request_", ["DONE t w 1 1", "RETURN t w 1 1", "RETURN t w 1 1 5", "EXTEND t w 1 1 1000"])
+def test_job_of_another_epoch_is_refused(wire: Wire, server: Server, request_: str) -> None:
+    store = server.context.store
+    wire.call("PUT", "t", "x")
+    call(wire, "TAKE t w 60000")
+    reply = call(wire, f"{request_} EPOCH another")
+    assert (code(reply), str(reply).split()[:2]) == ("EPOCH", [store.epoch, store.run])
+    assert call(wire, f"{request_} epoch {store.epoch}") == "OK"
+    assert call(wire, "MULTI") == "OK"
+    assert call(wire, f"{request_} EPOCH another") == "QUEUED"
+    assert [code(one) for one in cast("list[object]", call(wire, "EXEC"))] == ["EPOCH"]
+
+
+def test_options_of_take_may_come_in_any_order(wire: Wire) -> None:
+    for body in "ab":
+        wire.call("PUT", "t", body)
+    assert ids(call(wire, "TAKE t w 60000 token x COUNT 2 wait 10")) == [1, 2]
+    assert ids(call(wire, "TAKE t w 60000 COUNT 2 TOKEN x")) == [1, 2]
 
 
 @pytest.mark.parametrize("request_", ["DONE t w 1 1", "RETURN t w 1 1", "EXTEND t w 1 1 1000"])
@@ -169,11 +196,11 @@ def test_turn_passes_on_past_a_worker_that_ends_before_it_learns_of_its_turn() -
     posted: list[object] = []
     connection = cast("Any", SimpleNamespace(loop=SimpleNamespace(post=lambda call: posted.append(call.func.__self__))))
     queues = TakeQueues()
-    takes = [PendingTake(b"t", 0, 1, 1, 1, cast("Any", None), group=b"w") for _ in range(3)]
+    takes = [PendingTake(b"t", 0, 1, 1, 1, cast("Any", None)) for _ in range(3)]
     for one in takes:
         one.is_first = queues.add(one, connection)
     for one in takes[:2]:
-        queues.remove(one, connection)
+        queues.remove(one)
     assert posted == takes[1:]
 
 
@@ -319,6 +346,27 @@ def test_too_many_waiting_workers_get_busy() -> None:
         assert code(call(wire, "TAKE t w 60000 WAIT 60000")) == "BUSY"
         wire.call("PUT", "t", "x")
         assert ids(first.receive()) == [1]
+
+
+def test_worker_keeps_its_place_when_its_turn_comes() -> None:
+    """Another client gets the place of the one that has left, not that of the next."""
+    with ExitStack() as stack:
+        server = stack.enter_context(serving(max_waiting_readers=2))
+        wire, reader = stack.enter_context(wire_to(server)), stack.enter_context(wire_to(server))
+        first, second = wait_in_turn(server, stack, 2, "TAKE t w 60000 WAIT 60000")
+        waiting = server.context.usage.waiting
+        drop = waiting.drop
+
+        def drop_and_claim(connection: Connection) -> None:
+            drop(connection)
+            # As early as another client can.
+            waiting.claim(reader, 1)  # type: ignore[arg-type]
+
+        waiting.drop = drop_and_claim  # type: ignore[method-assign]
+        wire.call("PUT", "t", "x")
+        assert ids(first.receive()) == [1]
+        wire.call("PUT", "t", "y")
+        assert ids(second.receive()) == [2]
 
 
 # Figures

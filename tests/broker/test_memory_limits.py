@@ -143,16 +143,20 @@ def test_messages_of_several_topics_are_not_lost_while_the_reply_waits_for_memor
 
 
 @pytest.mark.usefixtures("patient")
-@pytest.mark.embedded("TAKE is not possible with a NATS store yet")
-def test_job_is_taken_once_while_the_reply_waits_for_memory() -> None:
+@pytest.mark.parametrize(("lease_ms", "attempt"), [("60000", 1), ("1", 2)])
+def test_job_is_taken_once_while_the_reply_waits_for_memory(lease_ms: str, attempt: int) -> None:
+    """Unless its lease ends meanwhile."""
     with serving() as server, wire_to(server) as worker, wire_to(server) as writer:
         for _ in range(2):
             writer.call("PUT", "t", "x" * 900_000)
         with little_room(server):
-            worker.send(encode_request(b"TAKE", b"t", b"w", b"60000"))
+            worker.send(encode_request(b"TAKE", b"t", b"w", lease_ms.encode()))
+            wait_until(lambda: len(server.context.usage.replies.queue) == 1)
+            # Longer than the short lease.
+            time.sleep(0.002)
         reply = worker.receive()
         assert isinstance(reply, list)
-        assert (reply[1], len(reply[4])) == (1, 900_000)
+        assert (reply[1], len(reply[4]), reply[6]) == (1, 900_000, attempt)
 
 
 @pytest.mark.slow

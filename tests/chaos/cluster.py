@@ -105,6 +105,11 @@ class Cluster:
         self._life = Server(facts["epoch"], facts["run"], facts["last_id"], began)
 
     @property
+    def server(self) -> Server:
+        """What the checker knows of the servers."""
+        return self._life
+
+    @property
     def ports(self) -> list[int]:
         return [server.port for server in self.servers]
 

@@ -49,7 +49,7 @@ def leader_killed(stage: Stage) -> None:
     with crowd(stage, cluster):
         for _ in range(stage.size(3, 1)):
             stage.pause(2, 1)
-            _kill_node(stage, cluster, leader=True)
+            kill_node(stage, cluster, leader=True)
 
 
 def follower_killed(stage: Stage) -> None:
@@ -58,10 +58,10 @@ def follower_killed(stage: Stage) -> None:
     with crowd(stage, cluster):
         for _ in range(stage.size(3, 1)):
             stage.pause(1, 1)
-            _kill_node(stage, cluster, leader=False)
+            kill_node(stage, cluster, leader=False)
 
 
-def _kill_node(stage: Stage, cluster: Cluster, *, leader: bool) -> None:
+def kill_node(stage: Stage, cluster: Cluster, *, leader: bool) -> None:
     node = cluster.engine.leader() if leader else stage.random.choice(cluster.followers)
     stage.fault("node killed")
     node.kill()
@@ -210,10 +210,10 @@ def server_frozen(stage: Stage) -> None:
     with crowd(stage, cluster, HASTY):
         for server in cluster.servers[: stage.size(2, 1)]:
             stage.pause(1, 0.7)
-            _freeze(stage, server.daemon.signal, 5)
+            freeze(stage, server.daemon.signal, 5)
 
 
-def _freeze(stage: Stage, send: Callable[[int], None], seconds: float) -> None:
+def freeze(stage: Stage, send: Callable[[int], None], seconds: float) -> None:
     stage.fault("server frozen")
     send(signal.SIGSTOP)
     time.sleep(seconds)
@@ -293,7 +293,7 @@ def _move(stage: Stage, cluster: Cluster, seconds: float = 0.0) -> None:
     with ExitStack() as stack:
         stack.enter_context(stage.crowd(0, ports=[proxy.port for proxy in proxies], job=job))
         for proxy in proxies:
-            _break_often(stage, proxy, cluster.ports, seconds)
+            break_often(stage, proxy, cluster.ports, seconds)
             proxy.reset_all()
         stage.pause(8, 3)
         for proxy in proxies:
@@ -302,7 +302,7 @@ def _move(stage: Stage, cluster: Cluster, seconds: float = 0.0) -> None:
     cluster.audit()
 
 
-def _break_often(stage: Stage, proxy: object, ports: list[int], seconds: float) -> None:
+def break_often(stage: Stage, proxy: object, ports: list[int], seconds: float = 0.0) -> None:
     def plan(_: int) -> list[Fault]:
         # For the next connection.
         proxy.target = stage.random.choice(ports)  # type: ignore[attr-defined]
@@ -320,12 +320,12 @@ def shared_mixed(stage: Stage) -> None:
     """Random faults, determined by the seed; nothing may be lost."""
     cluster = stage.cluster(behind_proxies=True)
     faults: list[Callable[[], None]] = [
-        lambda: _kill_node(stage, cluster, leader=True),
-        lambda: _kill_node(stage, cluster, leader=False),
+        lambda: kill_node(stage, cluster, leader=True),
+        lambda: kill_node(stage, cluster, leader=False),
         lambda: _freeze_node(stage, cluster),
         lambda: _restart_server(stage, cluster, kill=True),
         lambda: _restart_server(stage, cluster, kill=False),
-        lambda: _freeze(stage, stage.random.choice(cluster.servers).daemon.signal, 3),
+        lambda: freeze(stage, stage.random.choice(cluster.servers).daemon.signal, 3),
         lambda: _cut_off(stage, cluster),
     ]
     with crowd(stage, cluster, HASTY):

@@ -198,8 +198,9 @@ class _JobCheck:
         answer = self._answers(key).get(sent.token)
         if answer is None:
             return True
-        # The same token gets the same jobs, while they are held.
-        return answer.sent > sent.began + sent.lease
+        # The same token gets the same jobs, while they are held. The client may have sent it again, unseen by its
+        # worker.
+        return answer.ended > sent.began + sent.lease
 
     def _answers(self, key: Key) -> dict[str, Taken | NoJob]:
         known = self.__dict__.setdefault("_known_answers", {})

@@ -88,8 +88,8 @@ def forgets_positions() -> None:
 def skips_jobs() -> None:
     """The position of a group skips a message."""
 
-    def find(self: Groups, group: Group, count: int, max_bytes: int) -> Found:
-        found = _next(self, group, count, max_bytes)
+    def find(self: Groups, group: Group, *about: int) -> Found:
+        found = _next(self, group, *about)
         return found._replace(messages=found.messages[random.random() < RATIO :])
 
     Groups._next = find  # type: ignore[method-assign]

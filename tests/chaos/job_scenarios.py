@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 from chaos.clients import Job, StopFile
-from chaos.history import History, JobFailed, Sent
+from chaos.history import Event, History, JobFailed, Sent, Settled, Taken
 from chaos.job_checker import unfinished
 from chaos.proxy import Fault, Side
 from chaos.scenarios import await_snapshots, kill_once, reset_at_random, reset_in_turn, stopped
@@ -26,7 +28,12 @@ from helpers import reached
 WRITERS = Job("", 0, topics=("jobs/0", "jobs/1"), pause=0.02)
 # A pattern twice, and a topic that it includes.
 GROUPS = (("jobs/*", "workers"), ("jobs/*", "others"), ("jobs/0", "workers"))
-SHAPES: list[Callable[[WorkerJob], WorkerJob]] = [lambda job: job, lambda job: replace(job, kind="take"), looping]
+SHAPES: list[Callable[[WorkerJob], WorkerJob]] = [
+    lambda job: job,
+    lambda job: replace(job, kind="take"),
+    looping,
+    lambda job: replace(job, kind="task"),
+]
 WORKERS = len(SHAPES)
 # A client that loses its server for so long gives up waiting for a reply.
 BRIEF_SECONDS = 0.6
@@ -35,16 +42,24 @@ DRAIN_SECONDS = 8.0
 # Bytes of HELLO with a request of a worker, and of their replies; a little more.
 OFFSETS: tuple[tuple[Side, int], ...] = (("request", 260), ("reply", 600))
 MAX_ATTEMPTS = 3
+MAX_AGE_SECONDS = 2.0
 READ_FIELDS = 5
 
 
 @contextmanager
-def working(stage: Stage, port: int, groups: Sequence[tuple[str, str]] = GROUPS, **about: object) -> Iterator[None]:
-    """Put jobs, and let workers in threads do them. In the end, all are to be done."""
+def working(stage: Stage, *ports: int, groups: Sequence[tuple[str, str]] = GROUPS, **about: object) -> Iterator[None]:
+    """Put jobs, and let workers in threads do them. In the end, all are to be done.
+
+    If several servers share a store, `ports` are theirs, and clients begin with different ones.
+    """
     jobs = [
-        replace(WorkerJob(f"worker-{key}-{group}-{number}", key, group, port, stage.seed), **about)  # type: ignore[arg-type]
+        replace(WorkerJob(f"worker-{key}-{group}-{number}", key, group, seed=stage.seed), **about)  # type: ignore[arg-type]
         for key, group in groups
         for number in range(WORKERS)
+    ]
+    jobs = [
+        replace(job, port=ports[at], others=(*ports[at + 1 :], *ports[:at]))
+        for job, at in zip(jobs, itertools.cycle(range(len(ports))), strict=False)
     ]
     stop = threading.Event()
     # In each group, one with each kind of client.
@@ -52,19 +67,19 @@ def working(stage: Stage, port: int, groups: Sequence[tuple[str, str]] = GROUPS,
     workers = [KINDS[job.kind](job, stage.history.add) for job in jobs]
     clients = [stage.start(one.job.name, lambda one=one: one.run(stop)) for one in workers]
     try:
-        with putting(stage, port):
+        with putting(stage, *ports):
             yield
     finally:
         stop.set()
         stage.join(clients)
         for one in workers:
             one.close()
-    drain(stage, port, groups)
+    drain(stage, ports[0], groups)
 
 
 @contextmanager
-def putting(stage: Stage, port: int) -> Iterator[None]:
-    with stage.crowd(port, writers=2, readers=0, redis=False, job=WRITERS):
+def putting(stage: Stage, *ports: int) -> Iterator[None]:
+    with stage.crowd(ports[0], writers=2, readers=0, redis=False, job=WRITERS, ports=ports):
         yield
 
 
@@ -74,9 +89,14 @@ def drain(stage: Stage, port: int, groups: Sequence[tuple[str, str]] = GROUPS) -
     history = History(stage.history.max_age, events=[*stage.history.events, *(lives.server for lives in stage.servers)])
     for key, group in groups:
         worker = Worker(WorkerJob(f"last-{key}-{group}", key, group, port, ratios={}), stage.history.add)
+        puts = list(unfinished(history, (key, group)))
+        expired_at = max([put.ended for put in puts], default=0.0) + history.max_age
         until, failed = time.monotonic() + DRAIN_SECONDS, list[JobFailed]()
-        left = {put.body for put in unfinished(history, (key, group))}
-        while left and time.monotonic() < until:
+        left = {put.body for put in puts}
+        # Once after they have expired, to show it.
+        began = 0.0
+        while left and began < min(until, expired_at):
+            began = time.monotonic()
             for taken in worker.take(0.2):
                 until = time.monotonic() + DRAIN_SECONDS
                 worker.settle(taken, "done")
@@ -162,8 +182,17 @@ def workers_that_fail(stage: Stage) -> None:
     lives = stage.lives(max_attempts=MAX_ATTEMPTS)
     stage.history.max_attempts = MAX_ATTEMPTS
     ratios = {"return": 0.5, "late": 0.02, "forget": 0.01}
-    with working(stage, lives.port, GROUPS[2:], ratios=ratios):
+    with working(stage, lives.port, groups=GROUPS[2:], ratios=ratios):
         stage.pause(2, 0.8)
+
+
+def workers_and_expiry(stage: Stage) -> None:
+    """Jobs expire before they are taken, while workers hold them, and before they are given again."""
+    stage.history.max_age = MAX_AGE_SECONDS
+    lives = stage.lives(max_age_seconds=MAX_AGE_SECONDS)
+    ratios = {"return": 0.2, "late": 0.05, "forget": 0.1}
+    with working(stage, lives.port, ratios=ratios, work_seconds=0.2):
+        stage.pause(8, 4)
 
 
 # Workers
@@ -222,6 +251,67 @@ def workers_interrupted_at_every_line(stage: Stage) -> None:
     stage.faults["interrupt"] += len(sent) - len(set(sent))
 
 
+def workers_with_commands(stage: Stage) -> None:
+    """`dsmq work` runs a command for each job. It is stopped or killed, and another one takes its place."""
+    lives = stage.lives()
+    [(key, group)] = GROUPS[:1]
+    running: list[subprocess.Popen[str]] = []
+    started: list[tuple[float, Path, Path]] = []
+
+    def start() -> None:
+        name = f"command-{len(started)}"
+        now, log, said = time.monotonic(), stage.folder / f"{name}.log", stage.folder / f"{name}.err"
+        started.append((now, log, said))
+        # Any job may have been taken, although no command knows of it.
+        stage.history.add(Sent(name, key, group, name, now, 0.0, count=10_000))
+        words = ["work", "--port", str(lives.port), "--group", group, "--lease", "0.4s", "--delay", "0.1s", key, "--"]
+        command = [sys.executable, str(TESTS / "chaos" / "commands.py"), name, key, group, str(log)]
+        with said.open("w") as errors:
+            program = [sys.executable, "-m", "dsmq", *words, *command]
+            running.append(subprocess.Popen(program, stderr=errors, stdin=subprocess.DEVNULL, text=True))
+
+    try:
+        for _ in range(WORKERS):
+            start()
+        with putting(stage, lives.port):
+            for _ in range(stage.size(12, 4)):
+                stage.pause(0.4, 0.4)
+                number = stage.random.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+                stage.fault(number.name)
+                process = running.pop(stage.random.randrange(len(running)))
+                process.send_signal(number)
+                start()
+                stage.reap(process)
+            stage.pause(1, 1)
+    finally:
+        for process in running:
+            process.terminate()
+            stage.reap(process)
+    for began, log, said in started:
+        stage.history.add(*_with_replies(began, log, said.read_text()))
+    drain(stage, lives.port, GROUPS[:1])
+
+
+def _with_replies(began: float, log: Path, said: str) -> Iterator[Event]:
+    """Return a command's jobs. Once it has another one, the one before is done, or it has reported otherwise."""
+    history = History()
+    if log.exists():
+        history.load(log)
+    for one, following in pairwise([*history.events, None]):
+        if isinstance(one, Taken):
+            # It was requested after the last one was done.
+            yield replace(one, began=began, sent=began)
+        elif isinstance(one, Settled):
+            began = one.began
+            is_lost = f"job {one.id} of " in said and "lost: " in said
+            has_reply = following is not None
+            yield replace(one, reply=has_reply * ("JOBLOST" if is_lost else "OK"), sends=1, ended=_began(following))
+
+
+def _began(event: Event | None) -> float:
+    return event.began if isinstance(event, Taken) else math.inf
+
+
 def _in_processes(
     stage: Stage,
     run: Callable[[Lives, list[subprocess.Popen[str]], Callable[[], None]], None],
@@ -264,6 +354,8 @@ JOB_SCENARIOS: dict[str, Callable[[Stage], None]] = {
     run.__name__: run
     for run in (
         *(workers, workers_every_byte, workers_in_holes, workers_and_restarts, workers_and_kills, workers_that_fail),
+        workers_and_expiry,
         *(workers_killed, workers_frozen, workers_interrupted, workers_interrupted_at_every_line),
+        workers_with_commands,
     )
 }

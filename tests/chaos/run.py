@@ -17,9 +17,11 @@ from chaos.cluster_scenarios import SHARED_SCENARIOS
 from chaos.job_scenarios import JOB_SCENARIOS
 from chaos.mutants import MUTANTS, SHARED_MUTANTS
 from chaos.scenarios import SCENARIOS
+from chaos.shared_job_scenarios import SHARED_JOB_SCENARIOS
 from chaos.stage import NotHere, Outcome, Stage
 
-ALL = SCENARIOS | JOB_SCENARIOS | SHARED_SCENARIOS
+SHARED = SHARED_SCENARIOS | SHARED_JOB_SCENARIOS
+ALL = SCENARIOS | JOB_SCENARIOS | SHARED
 # Violations shown per round; the history has all of them.
 SHOWN = 3
 
@@ -108,7 +110,7 @@ def main() -> int:
         return int(not hunt(SHARED_MUTANTS if options.store == "nats" else MUTANTS, options.seed, options.keep))
     measured = figures.measure(options.seed) if options.figures else []
     until = time.monotonic() + 60 * options.minutes
-    scenarios = SHARED_SCENARIOS if options.store == "nats" else SCENARIOS | JOB_SCENARIOS
+    scenarios = SHARED if options.store == "nats" else SCENARIOS | JOB_SCENARIOS
     outcomes = run(options.only or [*scenarios], options.seed, until, options.keep)
     progress("")
     print("\n".join([*table(outcomes), *(["", *figures.table(measured)] if measured else [])]))

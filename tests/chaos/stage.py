@@ -82,7 +82,7 @@ class Stage:
     def __post_init__(self) -> None:
         self.random = random.Random(f"{self.seed} {self.name}")
         self._stack = ExitStack()
-        self.servers: list[Lives] = []
+        self.servers: list[Lives | Cluster] = []
         self._proxies: list[Proxy] = []
         self._crowds = 0
 
@@ -112,7 +112,9 @@ class Stage:
         if self.mutant:
             settings["words"] = (sys.executable, str(MUTANTS), self.mutant)
         proxy = self.proxy if behind_proxies else None
-        return self._stack.enter_context(Cluster(self.history, self.folder, proxy, partitions=partitions, **settings))
+        made = Cluster(self.history, self.folder, proxy, partitions=partitions, **settings)
+        self.servers.append(made)
+        return self._stack.enter_context(made)
 
     def proxy(self, port: int) -> Proxy:
         proxy = self._stack.enter_context(Proxy(port, self.seed))

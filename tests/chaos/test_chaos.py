@@ -17,7 +17,10 @@ pytestmark = [
 ]
 SEED = 8
 # Scenarios with a shared store take long; the others are left to the long run.
-SHARED = ("leader_killed", "stream_deleted", "server_killed", "moves")
+SHARED = (
+    *("leader_killed", "stream_deleted", "server_killed", "moves"),
+    *("workers_and_servers_killed", "workers_and_leaders_killed", "workers_move"),
+)
 
 
 @pytest.mark.parametrize("name", [*SCENARIOS, *JOB_SCENARIOS, *SHARED])

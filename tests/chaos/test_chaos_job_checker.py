@@ -83,6 +83,10 @@ CLEAN: dict[str, list[Event]] = {
     "a put that raised": [SERVER, put(1, id=None, error="ConnectionLost")],
     "too old": [SERVER, put(1), *empty(9.0)],
     "nobody knows the first attempt": [SERVER, put(1), sent(2.0), *done(1, 4.0, 2)],
+    "nobody knows the first attempt, of a client that sent its request again later": [
+        *(SERVER, put(1), put(2), sent(2.0, "x"), replace(empty(2.0)[1], token="x", ended=5.0), *done(1, 4.0, 2)),  # type: ignore[type-var]
+        *done(2, 6.0),
+    ],
     "failed": [SERVER, put(1), *take(1, 2.0), *take(1, 4.0, 2), JobFailed("t", "p 1")],
     "lost in a kill": [*KILLED, put(101, 40.0), *empty(60.0)],
     "done again after a kill": [*KILLED, put(1), *done(1, 40.0), *done(1, 60.0, 1, "v")],

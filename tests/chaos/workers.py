@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
+import logging
 import os
 import random
 import sys
+import threading
 import time
 from bisect import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import redis
 
 from chaos.clients import Calls, Stop, StopFile, TracedCalls
 from chaos.history import Died, Event, NoJob, Sent, Settled, Taken, as_line
 from chaos.others import Peer
+from dsmq import aio
 from dsmq.client import connect
 from dsmq.client.jobs import Job, jobs_of
-from dsmq.errors import JobLost
+from dsmq.errors import DSMQError, JobLost
 from helpers import HOST
 
 TAKE_FIELDS = 7
@@ -32,6 +36,8 @@ COUNTS = (1, 1, 1, 3)
 LOOP_SECONDS, LOOP_LEASE = 0.2, 0.6
 # The calls that are interrupted at every line.
 METHODS = ("take", "done", "return", "extend")
+# How often calls of tasks are cancelled, and within how many seconds.
+CANCELLED_RATIO, CANCEL_WITHIN = 0.3, 0.003
 # How often a worker gives a job back, extends its lease, works beyond its lease, and forgets it; else it is done.
 RATIOS = {"return": 0.06, "extend": 0.05, "late": 0.04, "forget": 0.01}
 
@@ -46,6 +52,8 @@ class WorkerJob:
     key: str
     group: str
     port: int = 0
+    others: tuple[int, ...] = ()
+    """The ports of other servers that share a store."""
     seed: int = 0
     timeout: float = 5.0
     """How long it waits for a reply, in seconds."""
@@ -89,7 +97,7 @@ class Worker:
         """Whether the last reply was that the job is lost."""
 
     def _connect(self) -> None:
-        self.peer = Wire((self.job.port,), self.job.timeout)
+        self.peer = Wire((self.job.port, *self.job.others), self.job.timeout)
 
     def run(self, stop: Stop) -> None:
         while not (stop.is_set() or self.is_finished):
@@ -206,7 +214,8 @@ class TakingWorker(Worker):
     """The same with the client's methods for workers. Each may be interrupted at one line of dsmq after another."""
 
     def _connect(self) -> None:
-        self._mq = connect(HOST, self.job.port, timeout=self.job.timeout)
+        hosts = [f"{HOST}:{port}" for port in (self.job.port, *self.job.others)]
+        self._mq = connect(hosts, timeout=self.job.timeout)
         self._jobs: dict[tuple[int, int], Job] = {}
         # The line at which each method is interrupted next, and those that have been interrupted at all.
         self._lines: dict[str, int] = {}
@@ -262,7 +271,64 @@ class TakingWorker(Worker):
         for key, group, message_id, attempt, _ in jobs_of(self._mq._session).leases:
             body = self._jobs[message_id, attempt].text
             self._log(Settled(self.job.name, key, group, "return", message_id, attempt, body, time.monotonic()))
+        self._close_client()
+
+    def _close_client(self) -> None:
         self._mq.close()
+
+
+class TaskWorker(TakingWorker):
+    """The same with an asyncio client, whose calls are cancelled at random points."""
+
+    def _connect(self) -> None:
+        super()._connect()
+        self._mq.close()
+        self._loop = asyncio.new_event_loop()
+        self._mq = self._complete(aio.connect(HOST, self.job.port, timeout=self.job.timeout))
+
+    def _complete(self, call: Any) -> Any:
+        return self._loop.run_until_complete(call)
+
+    def _run(self, verb: str, call: Callable[[], Any]) -> tuple[float, float, Any, BaseException | None]:
+        began, result, raised = time.monotonic(), None, None
+        try:
+            result = self._complete(self._cancel_at_random(call()))
+        except asyncio.CancelledError:
+            raised = KeyboardInterrupt()
+        except (DSMQError, OSError) as error:
+            raised = error
+        return began, time.monotonic(), result, raised
+
+    async def _cancel_at_random(self, call: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.ensure_future(call)
+        if self._chance.random() < CANCELLED_RATIO:
+            await asyncio.sleep(self._chance.uniform(0, CANCEL_WITHIN))
+            task.cancel()
+        return await task
+
+    async def _next(self, request: Sent) -> list[Job]:  # type: ignore[override]
+        job = await self._mq.take(request.key, request.group, timeout=request.wait, lease=request.lease)
+        return [] if job is None else [job]
+
+    def _close_client(self) -> None:
+        self._complete(self._mq.close())
+        self._loop.close()
+
+
+class LostJobs(logging.Handler):
+    """Notes which job a loop has reported as lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_thread: dict[int, int] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        assert isinstance(record.args, tuple)
+        self.by_thread[threading.get_ident()] = cast("int", record.args[0])
+
+
+LOST = LostJobs()
+logging.getLogger("dsmq.client.jobs").addHandler(LOST)
 
 
 class LoopingWorker(TakingWorker):
@@ -301,15 +367,11 @@ class LoopingWorker(TakingWorker):
     def _take(self, request: Sent) -> tuple[float, float, list[tuple[str, int, int, str]] | None]:
         event, self._ending = self._ending, None
         self._loop = self._loop or self._mq.work(request.key, request.group, timeout=LOOP_SECONDS, lease=request.lease)
-        try:
-            found = super()._take(request)
-        except JobLost:
-            found = self._sends[-1], time.monotonic(), None
-            if event:
-                self._log(replace(event, ended=found[1], reply="JOBLOST", sends=1))
-        else:
-            if event and found[2] is not None:
-                self._log(replace(event, ended=found[1], reply="OK", sends=1))
+        LOST.by_thread.pop(threading.get_ident(), None)
+        found = super()._take(request)
+        if event and found[2] is not None:
+            is_lost = LOST.by_thread.get(threading.get_ident()) == event.id
+            self._log(replace(event, ended=found[1], reply="JOBLOST" if is_lost else "OK", sends=1))
         return found
 
     def _next(self, request: Sent) -> list[Job]:
@@ -325,7 +387,7 @@ def looping(job: WorkerJob) -> WorkerJob:
     return replace(job, kind="loop", leases=(LOOP_LEASE,), waits=(LOOP_SECONDS,))
 
 
-KINDS = {"wire": Worker, "take": TakingWorker, "loop": LoopingWorker}
+KINDS = {"wire": Worker, "take": TakingWorker, "loop": LoopingWorker, "task": TaskWorker}
 
 
 # Processes

@@ -54,7 +54,6 @@ def test_stats_describes_the_server(topic: str, mq: DSMQClientSideConnection) ->
     assert mq.stats()["epoch"] == found["epoch"] == mq.position(topic).partition(":")[0]
 
 
-@pytest.mark.embedded("TAKE is not possible with a NATS store yet")
 def test_stats_describe_groups_of_workers(topic: str, mq: DSMQClientSideConnection) -> None:
     mq.put_many(topic, ["1", "2", "3"])
     job = mq.take(topic, timeout=0)

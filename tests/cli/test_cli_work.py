@@ -15,7 +15,6 @@ from dsmq.client import DSMQClientSideConnection
 
 __all__ = ["mq", "server"]
 
-pytestmark = pytest.mark.embedded("TAKE is not possible with a NATS store yet")
 Client = DSMQClientSideConnection
 
 

@@ -18,6 +18,7 @@ import pytest
 import test_signals
 from scenarios import run
 from test_requests import request
+from test_requests import requests as parsed
 from test_session import a_session
 from test_signals import Interrupted, Steps, interrupt
 
@@ -33,7 +34,6 @@ from dsmq.server import Server
 from dsmq.wire.resp import Reply
 
 Client = DSMQClientSideConnection
-pytestmark = pytest.mark.embedded("TAKE is not possible with a NATS store yet")
 PRODUCER = Producer(b"run")
 BROKEN = ConnectionResetError("broken")
 
@@ -79,8 +79,9 @@ def answer(work: Work, *answers: Reply) -> list[list[bytes]]:
     work.begin()
     left, requests = list(answers), []
     for call in work.calls():
-        requests.append(request(call.request(PRODUCER)))
-        call.reply = left.pop(0)
+        requests += parsed(call.request(PRODUCER))
+        for _ in range(call.replies):
+            call.take_reply(left.pop(0))
     assert not left
     return requests
 
@@ -110,8 +111,8 @@ def test_loop_finishes_each_job_when_next_is_requested() -> None:
     assert work.hand_out().id == 1
     assert answer(work, b"OK") == [[b"DONE", b"t", b"w", b"1", b"1"]]
     assert work.hand_out().id == 2
-    done, take = answer(work, b"OK", [])
-    assert (done[0], take[0]) == (b"DONE", b"TAKE")
+    # Together with the next take, in one packet.
+    assert [words[0] for words in answer(work, b"OK", [])] == [b"DONE", b"TAKE"]
     assert work.hand_out() is None
 
 
@@ -129,6 +130,35 @@ def test_job_taken_in_advance_is_extended_or_dropped_when_its_turn_comes(monkeyp
     assert requests[1:] == [[b"EXTEND", b"t", b"w", number, b"1", b"10000"] for number in (b"3", b"4")]
     assert work.hand_out().id == 4
     assert answer(work, b"OK", [])[1][0] == b"TAKE"
+
+
+def test_only_the_take_is_sent_again_once_the_job_before_is_done() -> None:
+    work = Work(Stub(), "t", "w", math.inf, 60.0)
+    answer(work, replies(("t", 1, b"x", 1)))
+    work.hand_out()
+    work.begin()
+    [call] = itertools.islice(work.calls(), 1)
+    done, take = parsed(call.request(PRODUCER))
+    assert (done[0], take[0], call.replies) == (b"DONE", b"TAKE", 2)
+    assert call.on_connection_lost(BROKEN) is False
+    assert [words[0] for words in parsed(call.request(PRODUCER))] == [b"DONE", b"TAKE"]
+    call.take_reply("OK")
+    assert parsed(call.request(PRODUCER))[0][-1] == take[-1]
+    assert call.replies == 1
+
+
+def test_job_taken_while_the_one_before_is_refused_is_given_next() -> None:
+    """The job before stays unfinished, and its DONE is sent again."""
+    work = Work(Stub(), "t", "w", 0.0, 60.0)
+    answer(work, replies(("t", 1, b"x", 1)))
+    work.hand_out()
+    with pytest.raises(BadRequest):
+        answer(work, BadRequest("no"), replies(("t", 2, b"y", 1)))
+    work.interrupted()
+    done, take = answer(work, "OK", replies(("t", 2, b"y", 1)))
+    assert done == [b"DONE", b"t", b"w", b"1", b"1"]
+    assert take[-1].endswith(b"2")
+    assert work.hand_out().id == 2
 
 
 @pytest.mark.parametrize("step", ["before the reply", "after the reply", "handed out"])
@@ -176,7 +206,7 @@ def test_return_sent_again_may_find_job_returned(verb: bytes, is_lost: bool, exp
         assert call.on_connection_lost(BROKEN) is False
     call.reply = JobLost("not current")
     try:
-        call.accept(leases, job)
+        call.accept(leases)
     except JobLost:
         assert not expected
     else:
@@ -190,7 +220,7 @@ def test_refused_done_leaves_job_with_client() -> None:
     call, leases = Settle(b"DONE", job.receipt), {job.receipt: 0.0}
     call.reply = BadRequest("no")
     with pytest.raises(BadRequest):
-        call.accept(leases, job)
+        call.accept(leases)
     assert leases
 
 
@@ -393,15 +423,34 @@ def test_with_settles_job_at_once(mq: Client, other: Client) -> None:
     assert texts(other) == []
 
 
-def test_done_in_loop_of_lost_job_raises_and_loop_can_continue(mq: Client, other: Client) -> None:
+def test_loop_warns_of_a_job_lost_before_it_was_finished_and_continues(
+    mq: Client, other: Client, caplog: pytest.LogCaptureFixture
+) -> None:
     mq.put("t", "x")
     loop = mq.work("t", lease=UNIT, timeout=SOON)
-    next(loop)
-    other.take("t", timeout=SOON)
-    with pytest.raises(JobLost):
-        next(loop)
-    other.put("t", "y")
+    job = next(loop)
+    again = other.take("t", timeout=SOON)
+    assert (again.id, again.attempt) == (job.id, 2)
+    mq.put("t", "y")
     assert next(loop).text == "y"
+    [warning] = caplog.records
+    assert warning.levelname == "WARNING"
+    assert f"job {job.id} of 't' was lost" in warning.message
+    other.done(again)
+
+
+def test_loop_does_not_warn_of_a_lost_job_that_its_caller_has_finished(
+    mq: Client, other: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    mq.put("t", "x")
+    loop = mq.work("t", lease=UNIT, timeout=SOON)
+    job = next(loop)
+    other.take("t", timeout=SOON)
+    mq.put("t", "y")
+    with pytest.raises(JobLost), job:
+        pass
+    assert next(loop).text == "y"
+    assert not caplog.records
 
 
 def test_unpickled_job_can_be_finished_by_any_client(mq: Client, other: Client) -> None:
@@ -487,7 +536,7 @@ def test_close_waits_at_most_for_the_timeout(server: Server) -> None:
         mq.close()
 
 
-def test_job_of_another_server_is_lost() -> None:
+def test_job_of_another_server_is_lost(caplog: pytest.LogCaptureFixture) -> None:
     with serving() as first, serving() as second, connect(port=second.port) as other:
         other.put("t", "y")
         with connect([f"127.0.0.1:{first.port}", f"127.0.0.1:{second.port}"]) as mq:
@@ -495,9 +544,8 @@ def test_job_of_another_server_is_lost() -> None:
             loop = mq.work("t")
             assert next(loop).text == "x"
             first.stop()
-            with pytest.raises(JobLost):
-                next(loop)
-            assert [job.text for job in itertools.islice(loop, 1)] == ["y"]
+            assert next(loop).text == "y"
+    assert "the server has lost the job's message" in caplog.text
 
 
 def test_connection_lost_in_take_keeps_its_token(server: Server, other: Client) -> None:

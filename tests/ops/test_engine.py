@@ -26,7 +26,7 @@ from dsmq.client import connect
 from dsmq.server import Server
 from dsmq.store import nats_mirror
 from dsmq.store.nats import NATSStore
-from dsmq.store.nats_stream import EngineError
+from dsmq.store.nats_api import EngineError
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.system import boot_time
 from engine import Engine, engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -24,6 +25,7 @@ KNOWN = (
     ("redis", "redis-server", "--version", "redis"),
     ("redis-lists", "redis-server", "--version", "redis"),
     ("beanstalkd", "beanstalkd", "-v", "greenstalk"),
+    ("rabbitmq", "rabbitmq-server", "", "pika"),
     ("nats", "nats-server", "--version", "nats-py"),
     ("mosquitto", "mosquitto", "-h", "paho-mqtt"),
 )
@@ -41,6 +43,7 @@ class Broker:
     def __init__(self, name: str, stack: ExitStack, *options: str, python: str = sys.executable) -> None:
         self.name, self.python = name, python
         self.folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmq-performance-"))
+        self._epmd: dict[str, str] = {}
         self._said = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))  # noqa: SIM115 - by the stack
         for _attempt in range(PORTS_TRIED):
             (self.port,) = free_ports(1)
@@ -58,21 +61,42 @@ class Broker:
             stderr=self._said,
             stdin=subprocess.DEVNULL,
             cwd=self.folder,
+            env=os.environ | (self._rabbitmq() if self.name == "rabbitmq" else {}),
+            start_new_session=True,
         )
+
+    def _rabbitmq(self) -> dict[str, str]:
+        """Return the environment of a node of RabbitMQ that shares nothing with others."""
+        epmd, dist = free_ports(2)
+        values = {
+            "NODENAME": f"dsmq{self.port}@localhost",
+            "NODE_IP_ADDRESS": "127.0.0.1",
+            "NODE_PORT": f"{self.port}",
+            "DIST_PORT": f"{dist}",
+            "MNESIA_BASE": f"{self.folder}/mnesia",
+            "LOG_BASE": f"{self.folder}/log",
+            "ENABLED_PLUGINS_FILE": f"{self.folder}/plugins",
+            "CONF_ENV_FILE": "/dev/null",
+        }
+        self._epmd = {"ERL_EPMD_PORT": f"{epmd}", "ERL_EPMD_RELAXED_COMMAND_CHECK": "1"}
+        return {f"RABBITMQ_{name}": value for name, value in values.items()} | {"HOME": self.folder} | self._epmd
 
     def _command(self) -> list[str]:
         port = str(self.port)
-        if self.name in ("dsmq", BEFORE):
-            return [self.python, "-m", "dsmq", "serve", "--port", port, "--http-port", "0", "--log-level", "error"]
-        if self.name == OLD:
-            return [self.python, "-c", f"from dsmq.server import serve; serve('127.0.0.1', {port})"]
-        if self.name in ("redis", "redis-lists"):
-            return ["redis-server", "--bind", "127.0.0.1", "--port", port, "--save", "", "--appendonly", "no"]
-        if self.name == "mosquitto":
-            return ["mosquitto", "-p", port]
-        if self.name == "beanstalkd":
-            return ["beanstalkd", "-l", "127.0.0.1", "-p", port, "-z", "10000000"]
-        return ["nats-server", "-a", "127.0.0.1", "-p", port, "-js", "-sd", self.folder]
+        serve = [self.python, "-m", "dsmq", "serve", "--port", port, "--http-port", "0", "--log-level", "error"]
+        redis = ["redis-server", "--bind", "127.0.0.1", "--port", port, "--save", "", "--appendonly", "no"]
+        return {
+            "dsmq": serve,
+            BEFORE: serve,
+            OLD: [self.python, "-c", f"from dsmq.server import serve; serve('127.0.0.1', {port})"],
+            "redis": redis,
+            "redis-lists": redis,
+            "mosquitto": ["mosquitto", "-p", port],
+            "beanstalkd": ["beanstalkd", "-l", "127.0.0.1", "-p", port, "-z", "10000000"],
+            # Without the wrapper, which changes the user.
+            "rabbitmq": ["/usr/lib/rabbitmq/bin/rabbitmq-server"],
+            "nats": ["nats-server", "-a", "127.0.0.1", "-p", port, "-js", "-sd", self.folder],
+        }[self.name]
 
     def _answers(self) -> bool:
         """Wait until it accepts connections; False if it has ended. Raises ConnectionRefusedError after 60 s."""
@@ -90,15 +114,23 @@ class Broker:
 
     @property
     def memory(self) -> int:
-        """Resident memory in bytes."""
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
-        assert found is not None
-        return int(found[1]) * 1024
+        """Resident memory of its processes in bytes."""
+        found = 0
+        for status in Path("/proc").glob("[0-9]*/status"):
+            with suppress(OSError):
+                if os.getpgid(int(status.parent.name)) == self.process.pid:
+                    found += int((re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) or (0, 0))[1])
+        return found * 1024
 
     def stop(self) -> None:
         """Kill it. Idempotent."""
-        self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        if self._epmd:
+            # A daemon that the node has started.
+            subprocess.run(["epmd", "-kill"], env=os.environ | self._epmd, capture_output=True, check=False)
+            self._epmd = {}
 
 
 def find(stack: ExitStack, wanted: list[str], before: str = "") -> list[Broker]:

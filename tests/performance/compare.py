@@ -38,10 +38,12 @@ OPERATIONS = {
     "put_many": (20000, "put_many, a message"),
     "ping_pong": (1000, "ping-pong between two processes"),
     "work": (1000, "take a job with a backlog, and finish it"),
+    "work_loop": (1000, "the same in a loop, as workers do"),
     "empty_work": (1000, "take a job with nothing there"),
     "hand_over": (200, "from a put to the job at a waiting worker"),
 }
 FAN_OUT = 200
+WORKERS = (1, 4, 16)
 # Fraction of the repetitions for systems that are slow.
 FEWER = {"nats": 0.2, brokers.OLD: 0.2}
 BENCHMARKS = [["-c", "1"], ["-c", "10"], ["-c", "50"], ["-c", "50", "-P", "16"]]
@@ -130,6 +132,37 @@ def run_rates(systems: list[System], rounds: int, requests: int) -> Figures:
     return figures
 
 
+def run_workers(systems: list[System], rounds: int, jobs: int) -> Figures:
+    """Return jobs per second done by several workers together."""
+    figures: Figures = {}
+    for number in range(rounds):
+        for workers in WORKERS:
+            for system in systems:
+                row = f"{workers} worker{'s' if workers > 1 else ''}, jobs"
+                progress(f"round {number + 1} of {rounds}: {row}, {system.name}")
+                if (rate := system.ask(f"drain {jobs} {workers}")) is not None:
+                    add(figures, row, system.name, rate)
+    return figures
+
+
+def run_jobs_in_flight(systems: list[System], jobs: int) -> Figures:
+    """Return the bytes of memory that a job takes in addition when a worker holds it."""
+    figures: Figures = {}
+    for name, python in [(system.name, system.broker.python) for system in systems]:
+        progress(f"{jobs} jobs in flight, {name}")
+        with ExitStack() as stack:
+            limits = ["--max-jobs-in-flight", str(jobs), "--max-group-bytes", str(1 << 30)]
+            options = limits if name in ("dsmq", brokers.BEFORE) else []
+            system = System(Broker(name, stack, *options, python=python), stack)
+            system.ask(f"fill_to_hold {jobs}")
+            before = system.broker.memory
+            system.ask(f"hold {jobs}")
+            taken = system.broker.memory - before
+        if taken > 0:
+            add(figures, "memory for a job in flight", name, taken / jobs)
+    return figures
+
+
 def run_memory(systems: list[System]) -> Figures:
     """Return the bytes of memory per message of 100 bytes, with a million stored."""
     figures: Figures = {}
@@ -197,11 +230,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--requests", type=int, default=100_000, help="requests per run of redis-benchmark; 0: skip it")
+    parser.add_argument("--jobs", type=int, default=100_000, help="jobs for several workers; 0: skip them")
     parser.add_argument("--apart", action="store_true", help="run servers on one core, clients on the others")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="draw the ratios to this SVG or PNG file; needs matplotlib")
     parser.add_argument(
-        "--systems", nargs="*", default=[], help="dsmq redis redis-lists beanstalkd nats dsmq14; default: all"
+        "--systems", nargs="*", default=[], help="dsmq redis redis-lists beanstalkd rabbitmq nats dsmq14; default: all"
     )
     parser.add_argument("--before", default="", help="Python of a virtual environment with another commit of dsmq")
     parser.add_argument("--operations", nargs="*", default=list(OPERATIONS), help=" ".join(OPERATIONS))
@@ -216,8 +250,12 @@ def main() -> None:
         systems = [System(broker, stack) for broker in found]
         times = run_operations(systems, options.rounds, options.operations)
         rates = run_rates(systems, max(1, options.rounds // 2), options.requests) if options.requests else {}
+        if options.jobs:
+            rates |= run_workers(systems, max(1, options.rounds // 4), options.jobs)
     names = [system.name for system in systems]
     memory = run_memory(systems) if options.requests else {}
+    if options.jobs:
+        memory |= run_jobs_in_flight(systems, options.jobs)
     progress("")
     tables = [
         Table("µs", "lower", times),

@@ -13,9 +13,12 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from typing import Any
 
+# What a client calls when it has a job, before it finishes it.
+OnJob = Callable[[], object]
 SHORT = "hello world!"
 LARGE = "x" * 100_000
 NEVER = 3600
@@ -30,7 +33,7 @@ class Dsmq:
         self.mq = connect(port=port)
         if hasattr(self.mq, "take"):
             # An earlier commit has no workers.
-            self.work = self._work
+            self.work, self.jobs, self.hold = self._work, self._jobs, self._hold
 
     def put(self, topic: str, message: str) -> None:
         self.mq.put(topic, message)
@@ -44,13 +47,24 @@ class Dsmq:
     def wait(self, topic: str) -> Any:
         return self.mq.get_wait(topic, timeout=NEVER)
 
-    def _work(self, topic: str, timeout: float = 0.0) -> Any:
+    def _work(self, topic: str, timeout: float = 0.0, on_job: OnJob = int) -> Any:
         """Take a job and finish it."""
         job = self.mq.take(topic, timeout=timeout)
         if job is not None:
+            on_job()
             self.mq.done(job)
             return job.text
         return None
+
+    def _jobs(self, topic: str) -> Iterator[Any]:
+        """Iterate over jobs, and finish each, until there are none."""
+        for job in self.mq.work(topic, timeout=0):
+            yield job.text
+
+    def _hold(self, topic: str, count: int) -> None:
+        """Take jobs without finishing them."""
+        for _ in range(count):
+            self.mq.take(topic, timeout=0, lease=3600)
 
     def close(self) -> None:
         self.mq.close()
@@ -105,16 +119,29 @@ class Redis:
         self.positions[topic], fields = next(iter(found.values()))[0][0] if isinstance(found, dict) else found[0][1][0]
         return fields["m"]
 
-    def work(self, topic: str, timeout: float = 0.0) -> Any:
-        """Take an entry as a consumer of a group, and acknowledge it."""
+    def create_group(self, topic: str) -> None:
+        import redis
+
         if topic not in self.groups:
-            self.redis.xgroup_create(topic, "workers", "0", mkstream=True)
+            with suppress(redis.ResponseError):
+                # Another worker may have created it.
+                self.redis.xgroup_create(topic, "workers", "0", mkstream=True)
             self.groups.add(topic)
+
+    def hold(self, topic: str, count: int) -> None:
+        self.create_group(topic)
+        for _ in range(0, count, 1000):
+            self.redis.xreadgroup("workers", "me", {topic: ">"}, count=1000)
+
+    def work(self, topic: str, timeout: float = 0.0, on_job: OnJob = int) -> Any:
+        """Take an entry as a consumer of a group, and acknowledge it."""
+        self.create_group(topic)
         block = round(timeout * 1000) or None
         found: Any = self.redis.xreadgroup("workers", "me", {topic: ">"}, count=1, block=block)
         if not found:
             return None
         entry, fields = next(iter(found.values()))[0][0] if isinstance(found, dict) else found[0][1][0]
+        on_job()
         self.redis.xack(topic, "workers", entry)
         return fields["m"]
 
@@ -133,8 +160,12 @@ class RedisList:
     def put(self, topic: str, message: str) -> None:
         self.redis.rpush(topic, message)
 
-    def work(self, topic: str, timeout: float = 0.0) -> Any:
+    def put_many(self, topic: str, messages: list[str]) -> None:
+        self.redis.rpush(topic, *messages)
+
+    def work(self, topic: str, timeout: float = 0.0, on_job: OnJob = int) -> Any:
         found: Any = self.redis.blpop([topic], timeout) if timeout else self.redis.lpop(topic)
+        on_job()
         return found[1] if timeout and found else found
 
     def close(self) -> None:
@@ -172,17 +203,75 @@ class Beanstalk:
     def wait(self, topic: str) -> Any:
         return self.work(topic, NEVER)
 
-    def work(self, topic: str, timeout: float = 0.0) -> Any:
+    def hold(self, topic: str, count: int) -> None:
+        self.watch(topic)
+        for _ in range(count):
+            self.client.reserve(timeout=0)
+
+    def work(self, topic: str, timeout: float = 0.0, on_job: OnJob = int) -> Any:
         self.watch(topic)
         try:
             job = self.client.reserve(timeout=round(timeout))
         except self.timed_out:
             return None
+        on_job()
         self.client.delete(job)
         return job.body
 
     def close(self) -> None:
         self.client.close()
+
+
+class Rabbit:
+    """RabbitMQ, through pika, with confirmed puts and acknowledged jobs."""
+
+    def __init__(self, port: int) -> None:
+        import pika
+
+        self.connection = pika.BlockingConnection(pika.ConnectionParameters("127.0.0.1", port, heartbeat=0))
+        self.channel = self.connection.channel()
+        self.channel.confirm_delivery()
+        self.queues: set[str] = set()
+
+    def declare(self, topic: str) -> None:
+        if topic not in self.queues:
+            self.channel.queue_declare(topic)
+            self.queues.add(topic)
+
+    def put(self, topic: str, message: str) -> None:
+        self.declare(topic)
+        self.channel.basic_publish("", topic, message.encode())
+
+    def hold(self, topic: str, count: int) -> None:
+        for _ in range(count):
+            self.channel.basic_get(topic)
+
+    def work(self, topic: str, timeout: float = 0.0, on_job: OnJob = int) -> Any:
+        self.declare(topic)
+        if timeout:
+            self.channel.basic_qos(prefetch_count=1)
+            method, _, body = next(self.channel.consume(topic, inactivity_timeout=timeout))
+        else:
+            method, _, body = self.channel.basic_get(topic)
+        if method is None:
+            return None
+        on_job()
+        self.channel.basic_ack(method.delivery_tag)
+        return body.decode()
+
+    def jobs(self, topic: str) -> Iterator[Any]:
+        """Let the server send jobs, one after another."""
+        self.declare(topic)
+        self.channel.basic_qos(prefetch_count=1)
+        for method, _, body in self.channel.consume(topic, inactivity_timeout=0.2):
+            if method is None:
+                break
+            yield body.decode()
+            self.channel.basic_ack(method.delivery_tag)
+        self.channel.cancel()
+
+    def close(self) -> None:
+        self.connection.close()
 
 
 class Nats:
@@ -255,6 +344,7 @@ SYSTEMS = {
     "redis": Redis,
     "redis-lists": RedisList,
     "beanstalkd": Beanstalk,
+    "rabbitmq": Rabbit,
     "nats": Nats,
 }
 
@@ -263,8 +353,10 @@ SYSTEMS = {
 NEEDS = {
     **dict.fromkeys(("put", "large_put", "fan_out"), "put"),
     **dict.fromkeys(("put_many", "fill"), "put_many"),
+    "fill_to_hold": "hold",
     "ping_pong": "wait",
-    **dict.fromkeys(("work", "empty_work", "hand_over"), "work"),
+    **dict.fromkeys(("work", "work_loop", "empty_work", "hand_over", "drain"), "work"),
+    "hold": "hold",
 }
 
 
@@ -328,6 +420,74 @@ class Measure:
             raise AssertionError(f"{got} of {count} jobs")
         return taken
 
+    def jobs(self, topic: str) -> Iterator[Any]:
+        """Iterate over jobs as a worker usually does, and finish each, until there are none."""
+        if hasattr(self.client, "jobs"):
+            return self.client.jobs(topic)  # type: ignore[no-any-return]
+        return iter(lambda: self.client.work(topic), None)
+
+    def work_loop(self, count: int) -> float:
+        """Take jobs with a backlog in a loop, and finish each."""
+        topic = self.topic("loop")
+        for _ in range(count + 1):
+            self.client.put(topic, SHORT)
+        jobs = self.jobs(topic)
+        next(jobs)
+        before = time.perf_counter()
+        for _ in range(count):
+            if next(jobs) != SHORT:
+                raise AssertionError("not the job")
+        return since(before, count)
+
+    def fill_jobs(self, count: int) -> str:
+        """Put jobs, and return their topic."""
+        topic, messages = self.topic("many-jobs"), ["x" * 100] * 1_000
+        for _ in range(0, count, len(messages)):
+            if hasattr(self.client, "put_many"):
+                self.client.put_many(topic, messages)
+            else:
+                for message in messages:
+                    self.client.put(topic, message)
+        return topic
+
+    def drain(self, count: int, workers: int) -> float:
+        """Return jobs a second that this many workers do, each a process."""
+        topic = self.fill_jobs(count)
+        words = [sys.executable, __file__, self.system, str(self.port), "worker", topic, "", "0"]
+        with ExitStack() as stack:
+            others = [
+                stack.enter_context(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+                for _ in range(workers)
+            ]
+            for other in others:
+                assert other.stdout is not None
+                other.stdout.readline()
+            before = time.monotonic()
+            for other in others:
+                assert other.stdin is not None
+                other.stdin.write("go\n")
+                other.stdin.flush()
+            results = [other.stdout.readline().split() for other in others if other.stdout]
+        if sum(int(done) for done, _ in results) != count:
+            raise AssertionError(f"{results} of {count} jobs")
+        return count / (max(float(ended) for _, ended in results) - before)
+
+    def worker(self, topic: str, _: str, __: int) -> None:
+        """Do jobs in another process; print their number, and when the last one was done."""
+        print("ready", flush=True)
+        sys.stdin.readline()
+        done, ended = 0, 0.0
+        for _job in self.jobs(topic):
+            done, ended = done + 1, time.monotonic()
+        print(done, ended, flush=True)
+
+    def hold(self, count: int) -> None:
+        """Take all jobs without finishing them."""
+        self.client.hold(self.held, count)
+
+    def fill_to_hold(self, count: int) -> None:
+        self.held = self.fill_jobs(count)
+
     def empty_work(self, count: int) -> float:
         topic, work = self.topic("idle"), self.client.work
         before = time.perf_counter()
@@ -355,11 +515,12 @@ class Measure:
 
     def answer(self, topic: str, _: str, count: int) -> None:
         """Take jobs in the other process, and print the time of each."""
+        taken: list[float] = []
         for _number in range(count):
             print("ready", flush=True)
-            if self.client.work(topic, NEVER) != SHORT:
+            if self.client.work(topic, NEVER, lambda: taken.append(time.monotonic())) != SHORT:
                 raise AssertionError("not the job")
-            print(time.monotonic(), flush=True)
+            print(taken.pop(), flush=True)
 
     def large_put(self, count: int) -> float:
         topic, put = self.topic("large"), self.client.put
@@ -452,11 +613,11 @@ def main() -> None:
         return
     print("ready", flush=True)
     for line in sys.stdin:
-        operation, count = line.split()
+        operation, *numbers = line.split()
         if not hasattr(measure.client, NEEDS.get(operation, "get")):
             print("null", flush=True)
         else:
-            print(json.dumps(getattr(measure, operation)(int(count))), flush=True)
+            print(json.dumps(getattr(measure, operation)(*map(int, numbers))), flush=True)
 
 
 if __name__ == "__main__":

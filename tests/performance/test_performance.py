@@ -75,7 +75,8 @@ def test_suite_measures_a_system() -> None:
 def test_comparison_gives_ratios_to_redis(tmp_path: Path) -> None:
     tool("redis-server", "redis-server")
     figures = tmp_path / "figures.json"
-    arguments = ["--systems", "dsmq", "redis", "--rounds", "1", "--requests", "0", "--operations", "put", "get"]
+    arguments = ["--systems", "dsmq", "redis", "--rounds", "1", "--requests", "0", "--jobs", "0"]
+    arguments += ["--operations", "put", "get"]
     shown = run_script("performance/compare.py", *arguments, "--json", str(figures))
     assert "| µs, lower is better | dsmq | redis |" in shown
     by_row = json.loads(figures.read_text())["figures"]["µs"]
@@ -86,10 +87,17 @@ def test_comparison_gives_ratios_to_redis(tmp_path: Path) -> None:
 
 def test_workers_are_compared() -> None:
     tool("redis-server", "redis-server")
-    arguments = ["--systems", "dsmq", "redis", "--rounds", "1", "--requests", "0"]
-    shown = run_script("performance/compare.py", *arguments, "--operations", "work", "empty_work", "hand_over")
+    arguments = ["--systems", "dsmq", "redis", "--rounds", "1", "--requests", "0", "--jobs", "2000"]
+    operations = ["work", "work_loop", "empty_work", "hand_over"]
+    shown = run_script("performance/compare.py", *arguments, "--operations", *operations)
     assert re.search(r"\| take a job with a backlog, and finish it \| [\d.,]+ \| [\d.]+ \|", shown)
-    assert re.search(r"\| from a put to the job at a waiting worker p99 \| [\d.,]+ \| [\d.]+ \|", shown)
+    for row in (
+        "the same in a loop, as workers do",
+        "from a put to the job at a waiting worker p99",
+        "16 workers, jobs",
+    ):
+        assert re.search(rf"\| {row} \| [\d.,]+ \| [\d.]+ \|", shown)
+    assert "| memory for a job in flight |" in shown
 
 
 def test_readers_of_patterns_are_compared() -> None:

@@ -19,7 +19,7 @@ from dsmq.store import group as group_module
 from dsmq.store import groups as groups_module
 from dsmq.store.api import DROP_OLDEST, Limits, Message, TopicRule
 from dsmq.store.group import Receipt
-from dsmq.store.groups import LEASE_AFTER_RESTART_MS, GroupLimits, Groups, Job
+from dsmq.store.groups import LEASE_AFTER_RESTART_MS, MAX_NEW, GroupLimits, Groups, Job
 
 # Fixtures.
 __all__ = ["clock", "store"]
@@ -75,6 +75,13 @@ def test_pattern_gives_messages_of_new_topics_in_the_order_of_ids(store: Clocked
 def test_jobs_given_together_stay_below_the_bytes(store: ClockedStore) -> None:
     put(store, b"t", *[b"x" * 60] * 4)
     assert ids(take(store, count=4, max_bytes=100)) == [1, 2]
+
+
+def test_few_jobs_are_given_at_once(store: ClockedStore) -> None:
+    """More would delay other clients."""
+    put(store, b"t", *[b"x"] * (MAX_NEW + 2))
+    assert ids(take(store, count=1_000)) == [*range(1, MAX_NEW + 1)]
+    assert ids(take(store, count=1_000)) == [MAX_NEW + 1, MAX_NEW + 2]
 
 
 def test_done_job_is_not_given_again(store: ClockedStore, clock: Clock) -> None:
@@ -567,6 +574,11 @@ class GroupAndModel(RuleBasedStateMachine):
         if hasattr(self, "store"):
             groups = self.store.groups
             assert groups._memory == sum(group.counted_memory for group in groups._groups.values())
+
+    @invariant()
+    def jobs_in_flight_are_counted(self) -> None:
+        for group in self.store.groups._groups.values() if hasattr(self, "store") else ():
+            assert group.in_flight == sum(job.is_in_flight for job in group.jobs.values())
 
 
 TestGroupAndModel = GroupAndModel.TestCase

@@ -19,8 +19,9 @@ from dsmq.errors import BadRequest, Forgotten, Full, ReplyError, StartupError, S
 from dsmq.store import nats_puts, nats_stream
 from dsmq.store.api import Answer, Limits, Message, Mirrored, Put
 from dsmq.store.nats import MAX_TOPIC_BYTES, NATSStore
+from dsmq.store.nats_api import EngineError
 from dsmq.store.nats_connection import Credentials, encode_token
-from dsmq.store.nats_stream import MIN_VERSION, EngineError
+from dsmq.store.nats_stream import MIN_VERSION
 from dsmq.store.sqlite import MirrorStore
 from engine import Engine, engine
 from helpers import HOST, SOON, UNIT, reached, wait_until

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import SOON, Daemon, wait_until
-from dsmq.store.nats_stream import EngineError
+from dsmq.store.nats_api import EngineError
 from engine import Engine, Node, configuration
 from helpers import black_hole
 from hosts import Host, hosts

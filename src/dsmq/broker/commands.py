@@ -157,7 +157,7 @@ COMMANDS: dict[bytes, Command] = {
         Command(
             "DONE",
             jobs.done,
-            "topic|pattern group id attempt [id attempt ...]",
+            "topic|pattern group id attempt [id attempt ...] [EPOCH epoch]",
             "End jobs, all or none.",
             Role.WRITE,
             jobs.parse_done,
@@ -165,7 +165,7 @@ COMMANDS: dict[bytes, Command] = {
         Command(
             "RETURN",
             jobs.return_,
-            "topic|pattern group id attempt [delay-ms]",
+            "topic|pattern group id attempt [delay-ms] [EPOCH epoch]",
             "Let another worker have a job.",
             Role.WRITE,
             jobs.parse_return,
@@ -173,7 +173,7 @@ COMMANDS: dict[bytes, Command] = {
         Command(
             "EXTEND",
             jobs.extend,
-            "topic|pattern group id attempt ms",
+            "topic|pattern group id attempt ms [EPOCH epoch]",
             "Let a job's lease end this long from now.",
             Role.WRITE,
             jobs.parse_extend,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import deque
+import time
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -18,9 +20,9 @@ from dsmq.broker.arguments import (
     parse_number,
     parse_options,
 )
-from dsmq.broker.reads import MAX_WAIT_MS, PendingRead, count_delivery
-from dsmq.errors import BadRequest, Busy, Full, StoreFailed
-from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Store
+from dsmq.broker.reads import MAX_WAIT_MS, PendingRead, check_epoch, count_delivery
+from dsmq.errors import BadRequest, Busy, Full, ReplyError
+from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Store
 from dsmq.store.group import Receipt
 from dsmq.store.groups import Groups, Job, Take
 from dsmq.store.selection import Pattern, Selection
@@ -35,6 +37,7 @@ MAX_LEASE_MS = 86_400_000
 MAX_JOBS = 1_000
 # When a waiting TAKE tries again if a limit on jobs was reached.
 _FULL_RETRY_SECONDS = 1.0
+_NO_REQUEST = Take(b"", b"", Selection(()), 0, 0, 0, b"", "")
 
 
 class TakeQueues:
@@ -46,7 +49,7 @@ class TakeQueues:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._queues: dict[tuple[bytes, bytes], deque[tuple[PendingTake, Connection]]] = {}
+        self._queues: dict[tuple[bytes, bytes], OrderedDict[PendingTake, Connection]] = {}
 
     def is_empty(self, key: tuple[bytes, bytes]) -> bool:
         return key not in self._queues
@@ -58,29 +61,29 @@ class TakeQueues:
     def add(self, pending: PendingTake, connection: Connection) -> bool:
         """Add a TAKE; return whether it is the first of its group."""
         with self._lock:
-            queue = self._queues.setdefault(pending.key, deque())
-            queue.append((pending, connection))
+            queue = self._queues.setdefault(pending.key, OrderedDict())
+            queue[pending] = connection
             return len(queue) == 1
 
-    def remove(self, pending: PendingTake, connection: Connection) -> None:
+    def remove(self, pending: PendingTake) -> None:
         """Remove a TAKE. If it was the first, it is now the turn of the next."""
         with self._lock:
             queue = self._queues[pending.key]
             # It may not know yet that it is.
-            was_first = queue[0][0] is pending
-            queue.remove((pending, connection))
+            was_first = next(iter(queue)) is pending
+            del queue[pending]
             if not queue:
                 del self._queues[pending.key]
                 return
-            first, its_connection = queue[0]
+            first, connection = next(iter(queue.items()))
         if was_first:
-            its_connection.loop.post(partial(first.come_first, its_connection))
+            connection.loop.post(partial(first.come_first, connection))
 
     def wake(self, key: tuple[bytes, bytes]) -> None:
         """Make the first one try again, because a job was returned."""
         with self._lock:
             queue = self._queues.get(key)
-            connection = queue[0][1] if queue else None
+            connection = next(iter(queue.values())) if queue else None
         if connection is not None:
             connection.loop.post(connection.reads.wake)
 
@@ -89,96 +92,108 @@ class TakeQueues:
 class PendingTake(PendingRead):
     """A TAKE, which waits like a read, but takes turns with others of its group."""
 
-    group: bytes = b""
-    selection: Selection = field(default_factory=lambda: Selection(()))
-    lease_ms: int = 0
-    token: bytes = b""
-    worker: str = ""
+    request: Take = _NO_REQUEST
     queues: TakeQueues = field(default_factory=TakeQueues)
     is_first: bool = False
     """Whether it is this one's turn."""
+    groups: Groups | None = None
+    is_asked: bool = False
+    """Whether the store will answer later."""
+    is_refused: bool = False
+    """Whether a limit on jobs was reached."""
     jobs: list[Job] = field(default_factory=list)
     """The jobs assigned to it, if its reply has to wait for memory."""
+    leased_until: float = 0.0
 
     @property
     def key(self) -> tuple[bytes, bytes]:
-        return self.topic, self.group
+        return self.topic, self.request.group
 
     def fetch(self, store: Store) -> Any:
-        if self.jobs:
+        if self.is_asked:
+            # Woken meanwhile. Another request would get other jobs, so there is nothing to do before the answer.
+            return Future()
+        if self.jobs and time.monotonic() < self.leased_until:
             return self.jobs
-        is_turn = self.is_first or self.queues.is_empty(self.key)
-        if not (is_turn or self.token):
-            return []
-        take = Take(
+        request, self.jobs = self.request, []
+        if not (self.is_first or self.queues.is_empty(self.key)):
+            if not request.token:
+                return []
             # Before its turn, only the jobs that were assigned under its token.
-            *(self.topic, self.group, self.selection, self.count if is_turn else 0, self.max_bytes),
-            *(self.lease_ms, self.token, self.worker),
-        )
-        groups = _groups(store)
+            request = request._replace(max_jobs=0)
+        if self.wait_ms and (self.registered or not request.token):
+            # With a token, the mirror may lack the jobs of an earlier request at first.
+            request = request._replace(is_waiting=True)
+        self.leased_until = time.monotonic() + request.lease_ms / 1000
+        self.groups = store.groups
         try:
-            found = groups.take(take)
-        except Full:
-            if not self.wait_ms:
-                raise
-            # DONE wakes it, and so does a change of the limits.
-            self.retry_in = _FULL_RETRY_SECONDS
-            return []
-        if found is None:
-            return ()
-        self.jobs = found
-        self.retry_in = math.inf if found or not is_turn else groups.due_in(*self.key) / 1000
-        return found
+            found = store.groups.take(request)
+        except Full as error:
+            return self.refuse(error)
+        self.is_asked = isinstance(found, Future)
+        # An empty tuple: the search continues.
+        return () if found is None else found
+
+    def refuse(self, error: ReplyError) -> Any:
+        self.is_asked = False
+        if not (isinstance(error, Full) and self.wait_ms):
+            raise error
+        # DONE wakes it, and so does a change of the limits.
+        self.is_refused = True
+        return []
 
     def take(self, found: Any) -> list[Any] | None:
-        # An empty tuple: the search continues.
-        return None if type(found) is tuple else found
+        self.is_asked = False
+        if type(found) is tuple:
+            return None
+        self.jobs = found
+        self.retry_in = self._retry_in() if self.wait_ms and not found else math.inf
+        return found  # type: ignore[no-any-return]
+
+    def _retry_in(self) -> float:
+        if self.is_refused:
+            self.is_refused = False
+            return _FULL_RETRY_SECONDS
+        is_turn = self.is_first or self.queues.is_empty(self.key)
+        return self.groups.due_in(*self.key) / 1000 if self.groups and is_turn else math.inf
 
     def wait(self, waiters: Waiters, connection: Connection) -> None:
         self.is_first = self.queues.add(self, connection)
         try:
             waiters.add(*self._awaited, connection)
         except Busy:
-            self.queues.remove(self, connection)
+            self.queues.remove(self)
             raise
 
     @property
     def _awaited(self) -> tuple[Collection[bytes], Sequence[Pattern]]:
         """The topics and patterns that it waits for: none before its turn."""
-        return (self.selection.names, self.selection.patterns) if self.is_first else ((), ())
+        selection = self.request.selection
+        return (selection.names, selection.patterns) if self.is_first else ((), ())
 
     def come_first(self, connection: Connection) -> None:
         """Begin to wait for messages, because its turn has come."""
         if connection.reads.pending is not self or self.is_first:
             return
-        waiters = connection.loop.waiters
-        waiters.remove(*self._awaited, connection)
-        self.is_first = True
+        selection = self.request.selection
         try:
-            waiters.add(*self._awaited, connection)
+            connection.loop.waiters.extend(selection.names, selection.patterns, connection)
         except Busy as error:
-            self.registered = False
-            self.queues.remove(self, connection)
             connection.reads.fail(error)
         else:
+            self.is_first = True
             # There may already be messages.
             connection.reads.wake()
 
     def end_wait(self, waiters: Waiters, connection: Connection) -> None:
         waiters.remove(*self._awaited, connection)
-        self.queues.remove(self, connection)
+        self.queues.remove(self)
 
     def covers(self, topic: bytes) -> bool:
-        return self.selection.matches(topic)
+        return self.request.selection.matches(topic)
 
     def memory(self, messages: Sequence[Any]) -> int:
         return sum([len(job.topic) + len(job.body) + 2 * MESSAGE_OVERHEAD_BYTES for job in messages])
-
-
-def _groups(store: Store) -> Groups:
-    if store.groups is None:
-        raise StoreFailed("TAKE does not work with this store yet")
-    return store.groups
 
 
 def take(client: Connection, request: list[bytes]) -> Encoded | None:
@@ -187,22 +202,32 @@ def take(client: Connection, request: list[bytes]) -> Encoded | None:
 
 def parse_take(client: Connection, request: list[bytes]) -> PendingTake:
     topic, group = _parse_key(client, request)
-    lease_ms = parse_integer(request[3], "lease-ms", 1, MAX_LEASE_MS)
-    options = parse_options(request[4:], {b"WAIT": 1, b"COUNT": 1, b"TOKEN": 1})
+    words, token = request[3:], b""
+    if len(words) > 2 and words[-2] == b"TOKEN":
+        # Usually the last option. The others are the same in many requests.
+        words, token = words[:-2], _check_token(words[-1])
+    lease_ms, count, wait_ms, other_token = _parse_options(*words)
+    if token and other_token:
+        raise BadRequest("there are two TOKENs")
+    wanted = Take(topic, group, _select(topic), count, MAX_READ_BYTES, lease_ms, token or other_token, repr(client))
+    queues = client.context.take_queues
+    return PendingTake(topic, 0, count, MAX_READ_BYTES, wait_ms, _encode, request=wanted, queues=queues)
+
+
+def _check_token(token: bytes) -> bytes:
+    if not 0 < len(token) <= MAX_NAME_BYTES:
+        raise BadRequest(f"a token has 1 to {MAX_NAME_BYTES} bytes")
+    return token
+
+
+@lru_cache
+def _parse_options(lease: bytes, *words: bytes) -> tuple[int, int, int, bytes]:
+    """Parse lease-ms, COUNT, WAIT and TOKEN."""
+    lease_ms = parse_integer(lease, "lease-ms", 1, MAX_LEASE_MS)
+    options = parse_options(words, {b"WAIT": 1, b"COUNT": 1, b"TOKEN": 1})
     count = parse_number(options, b"COUNT", 1, 1, MAX_JOBS)
     wait_ms = parse_number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
-    token = options.get(b"TOKEN", [b""])[0]
-    if b"TOKEN" in options and not 0 < len(token) <= MAX_NAME_BYTES:
-        raise BadRequest(f"a token has 1 to {MAX_NAME_BYTES} bytes")
-    return PendingTake(
-        *(topic, 0, count, MAX_READ_BYTES, wait_ms, _encode),
-        group=group,
-        selection=_select(topic),
-        lease_ms=lease_ms,
-        token=token,
-        worker=repr(client),
-        queues=client.context.take_queues,
-    )
+    return lease_ms, count, wait_ms, _check_token(options[b"TOKEN"][0]) if b"TOKEN" in options else b""
 
 
 def _encode(client: Connection, pending: PendingRead, jobs: Sequence[Any]) -> Encoded:
@@ -217,8 +242,12 @@ def _select(key: bytes) -> Selection:
 
 def _parse_key(client: Connection, request: list[bytes]) -> tuple[bytes, bytes]:
     """Return the topic or pattern, and the group."""
-    topic, group = request[1], request[2]
-    check_topic(topic, client.context.settings.max_topic_bytes)
+    return _check_key(request[1], request[2], client.context.settings.max_topic_bytes)
+
+
+@lru_cache(256)
+def _check_key(topic: bytes, group: bytes, max_topic_bytes: int) -> tuple[bytes, bytes]:
+    check_topic(topic, max_topic_bytes)
     if not group:
         raise BadRequest("the name of the group is empty")
     return topic, parse_name(group)
@@ -228,38 +257,75 @@ def _parse_receipt(words: Sequence[bytes]) -> Receipt:
     return Receipt(parse_integer(words[0], "id", 1), parse_integer(words[1], "attempt", 1))
 
 
-def done(client: Connection, request: list[bytes]) -> Encoded:
+def _without_epoch(request: list[bytes], least: int) -> list[bytes]:
+    """Return a request of at least this many words without the option EPOCH."""
+    if request[-2].upper() != b"EPOCH":
+        return request
+    if len(request) < least + 2:
+        raise BadRequest("EPOCH follows id, attempt and ms")
+    if len(request[-1]) > MAX_NAME_BYTES:
+        raise BadRequest(f"EPOCH: an epoch has at most {MAX_NAME_BYTES} bytes")
+    return request[:-2]
+
+
+def _check_epoch(client: Connection, request: list[bytes]) -> None:
+    """Raise WrongEpoch if the ids in a request belong to another epoch."""
+    if request[-2].upper() == b"EPOCH":
+        check_epoch(client.context.store, request[-1])
+
+
+@dataclass(slots=True, eq=False)
+class _PendingSettlement(PendingRead):
+    """A DONE, RETURN or EXTEND that a store answers later."""
+
+    answer: Answer[None] = None
+
+    def fetch(self, _store: Store) -> Answer[None]:
+        if isinstance(self.answer, Future) and self.answer.done():
+            self.answer = self.answer.result()
+        return self.answer
+
+    def take(self, _found: Any) -> list[Any]:
+        return []
+
+
+def _settle(client: Connection, answer: Answer[None]) -> Encoded | None:
+    if answer is None:
+        return OK
+    return client.reads.start(_PendingSettlement(b"", 0, 1, 1, 0, lambda *_: OK, answer=answer))
+
+
+def done(client: Connection, request: list[bytes]) -> Encoded | None:
     key, receipts = parse_done(client, request)
-    if _groups(client.context.store).done(*key, receipts):
-        client.context.take_queues.wake(key)
-    return OK
+    _check_epoch(client, request)
+    return _settle(client, client.context.store.groups.done(*key, receipts))
 
 
 def parse_done(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, bytes], list[Receipt]]:
+    request = _without_epoch(request, 5)
     if len(request) % 2 == 0:
         raise BadRequest("each id needs an attempt")
     return _parse_key(client, request), [_parse_receipt(request[at : at + 2]) for at in range(3, len(request), 2)]
 
 
-def return_(client: Connection, request: list[bytes]) -> Encoded:
+def return_(client: Connection, request: list[bytes]) -> Encoded | None:
     key, receipt, delay_ms = parse_return(client, request)
-    _groups(client.context.store).give_back(*key, receipt, delay_ms)
-    client.context.take_queues.wake(key)
-    return OK
+    _check_epoch(client, request)
+    return _settle(client, client.context.store.groups.give_back(*key, receipt, delay_ms))
 
 
 def parse_return(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, bytes], Receipt, int]:
+    request = _without_epoch(request, 5)
     delay_ms = parse_integer(request[5], "delay-ms", 0, MAX_LEASE_MS) if len(request) > 5 else 0
     return _parse_key(client, request), _parse_receipt(request[3:5]), delay_ms
 
 
-def extend(client: Connection, request: list[bytes]) -> Encoded:
+def extend(client: Connection, request: list[bytes]) -> Encoded | None:
     key, receipt, lease_ms = parse_extend(client, request)
-    _groups(client.context.store).extend(*key, receipt, lease_ms)
-    # The first waiting worker may have to wake earlier.
-    client.context.take_queues.wake(key)
-    return OK
+    _check_epoch(client, request)
+    return _settle(client, client.context.store.groups.extend(*key, receipt, lease_ms))
 
 
 def parse_extend(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, bytes], Receipt, int]:
+    request = _without_epoch(request, 6)
     return _parse_key(client, request), _parse_receipt(request[3:5]), parse_integer(request[5], "ms", 1, MAX_LEASE_MS)

@@ -78,6 +78,10 @@ class PendingRead:
             return [message for message in found if message.id < self.below]
         return found  # type: ignore[no-any-return]
 
+    def refuse(self, error: ReplyError) -> Any:
+        """Return the argument for `take` after an error of a store that answers later, or raise the error."""
+        raise error
+
     def wait(self, waiters: Waiters, connection: Connection) -> None:
         waiters.add((self.topic,), (), connection)
 
@@ -281,8 +285,9 @@ class Reads:
             # A step of a transaction does not wait for messages.
             read.below, read.wait_ms = self.below, 0
         found = read.fetch(connection.context.store)
-        if type(found) is list and not (read.wait_ms or read.below or connection.transport.budget.is_tight):
-            # A shortcut for READ and GET with a store that answers at once.
+        is_tight = read.below or connection.transport.budget.is_tight
+        if type(found) is list and (found or not read.wait_ms) and not is_tight:
+            # A shortcut for READ, GET and TAKE with a store that answers at once.
             return read.encode(connection, read, found)
         self.pending = read
         reply = self._reply(read, found)
@@ -336,7 +341,7 @@ class Reads:
             return
         try:
             if isinstance(found, ReplyError):
-                raise found
+                found = read.refuse(found)
             reply = self._reply(read, read.fetch(connection.context.store) if found is None else found)
             if reply is None:
                 return

@@ -44,12 +44,21 @@ class Waiters:
 
     def add(self, topics: Iterable[bytes], patterns: Sequence[Pattern], connection: Connection) -> None:
         """Raises Busy if there are too many readers or patterns."""
-        readers, waiting_patterns = self._usage.waiting, self._usage.waiting_patterns
+        readers = self._usage.waiting
         if not readers.claim(connection, 1):
             raise Busy(f"too many waiting readers (max_waiting_readers = {readers.limit})")
-        if patterns and not waiting_patterns.claim(connection, len(patterns)):
+        try:
+            self.extend(topics, patterns, connection)
+        except Busy:
             readers.drop(connection)
-            raise Busy(f"too many waiting patterns (max_waiting_patterns = {waiting_patterns.limit})")
+            raise
+
+    def extend(self, topics: Iterable[bytes], patterns: Sequence[Pattern], connection: Connection) -> None:
+        """Make a connection that waits for nothing wait for these. Raises Busy if there are too many patterns."""
+        if patterns:
+            waiting_patterns = self._usage.waiting_patterns
+            if not waiting_patterns.claim(connection, len(patterns)):
+                raise Busy(f"too many waiting patterns (max_waiting_patterns = {waiting_patterns.limit})")
         for topic in topics:
             self.by_topic.setdefault(topic, {})[connection] = None
         for pattern in patterns:

@@ -360,7 +360,7 @@ class DSMQClientSideConnection(Worker):
             # Not while the error is being handled: the traceback of an interrupt would include it.
             self._pool.wait(delay)
 
-    _wait_seconds = staticmethod(wait_seconds)
+    _default_wait = staticmethod(lambda: default_wait())  # noqa: PLW0108 - defined below
 
     def _connect_at_start(self, retries: Retries) -> Connection:
         while True:

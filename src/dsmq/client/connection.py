@@ -71,6 +71,12 @@ class Connection:
         self.send(call.request(self.producer), call.seconds)
         call.reply = self.receive()
 
+    def ask_several(self, call: Call) -> None:
+        """Make a call that gets one reply or more."""
+        self.send(call.request(self.producer), call.seconds)
+        for _ in range(call.replies):
+            call.take_reply(self.receive())
+
     def ask_all(self, puts: PutMany) -> None:
         """Send puts in batches; each is sent before the replies to the previous one are read."""
         for sent in puts.unanswered:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import binascii
+import itertools
+import logging
 import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
 from dsmq.client import arguments
 from dsmq.client.message import Message
-from dsmq.client.replies import as_number, as_text, check
+from dsmq.client.replies import as_text, check
 from dsmq.client.requests import MAX_WAIT_SECONDS, Call, Read
-from dsmq.errors import JobLost, ProtocolError, ReplyError
+from dsmq.errors import JobLost, ProtocolError, ReplyError, WrongEpoch
 from dsmq.system import boot_time, process
 from dsmq.wire.limits import MAX_COUNT
-from dsmq.wire.resp import encode_request
+from dsmq.wire.resp import Reply, encode_bulk, encode_option, encode_settlement, encode_take
 
 if TYPE_CHECKING:
     from dsmq.client.requests import Producer
@@ -27,8 +30,10 @@ _FRESH = 0.9
 # Beyond this number of jobs, those whose lease has ended are forgotten.
 _MANY_JOBS = 1000
 
-# No job is given so often.
-_NO_ATTEMPT = 2**63 - 1
+_FIELDS = bytes, int, int, int, bytes, int, int
+# Makes a Job faster than calling it.
+_new = tuple.__new__
+_logger = logging.getLogger(__name__)
 
 Receipt: TypeAlias = tuple[str, str, int, int, str]
 """The topic or pattern, the group, the id, the attempt and the epoch."""
@@ -89,13 +94,18 @@ class Jobs:
     def __init__(self) -> None:
         self.leases: dict[Receipt, float] = {}
         """When the lease of each job ends, unless it was extended, by `boot_time`."""
-        self.tokens: dict[tuple[bytes, ...], list[bytes]] = {}
+        self.tokens: dict[tuple[str, str, int], list[bytes]] = {}
         """By topic, group and number of jobs."""
         self._max_leases = _MANY_JOBS
+        self._name, self._numbers = binascii.b2a_base64(os.urandom(9), newline=False), itertools.count(1)
+
+    def new_token(self) -> bytes:
+        return b"%b%d" % (self._name, next(self._numbers))
 
     def add(self, jobs: list[Job], lease: float) -> None:
-        now = boot_time()
-        self.leases.update({job.receipt: now + lease for job in jobs})
+        until = (now := boot_time()) + lease
+        for job in jobs:
+            self.leases[job.receipt] = until
         if len(self.leases) > self._max_leases:
             for receipt in [receipt for receipt, until in list(self.leases.items()) if until < now]:
                 self.leases.pop(receipt, None)
@@ -111,20 +121,20 @@ def jobs_of(session: Session) -> Jobs:
 class Settle(Call):
     """A DONE, RETURN or EXTEND."""
 
-    __slots__ = ("_epoch", "_is_repeated", "_key", "_once", "_verb", "_words")
+    __slots__ = ("_is_repeated", "_once", "_verb", "_words", "receipt")
 
     def __init__(self, verb: bytes, receipt: Receipt, *words: bytes, once: bool = False) -> None:
         """`once`: don't send it again when the connection breaks."""
-        topic, group, message_id, attempt, self._epoch = receipt
-        self._key, self._words = (topic.encode(), group.encode(), b"%d" % message_id), words
-        super().__init__(encode_request(verb, *self._key, b"%d" % attempt, *words))
-        self._verb, self._once, self._is_repeated = verb, once, False
+        self._verb, self.receipt, self._words = verb, receipt, words
+        self._once, self._is_repeated, self.seconds = once, False, 0.0
 
     def request(self, producer: Producer) -> bytes:
-        if producer.era and producer.era.epoch != self._epoch:
+        topic, group, message_id, attempt, epoch = self.receipt
+        words = self._words
+        if producer.era and producer.era.epoch != epoch:
             # The server has lost its messages, and may have given the id to another one.
-            return encode_request(self._verb, *self._key, b"%d" % _NO_ATTEMPT, *self._words)
-        return self._request
+            words = *words, b"EPOCH", epoch.encode()
+        return encode_settlement(self._verb, _encode_key(topic, group), message_id, attempt, words)
 
     def on_connection_lost(self, error: Exception) -> bool:
         if self._once:
@@ -132,13 +142,24 @@ class Settle(Call):
         self._is_repeated = True
         return False
 
-    def accept(self, leases: dict[Receipt, float], job: Job) -> None:
+    def accept(self, leases: dict[Receipt, float]) -> None:
         """Process the reply. Raises JobLost, or another error of the server."""
-        error = self.reply if isinstance(self.reply, ReplyError) else None
-        if isinstance(error, JobLost) or not (error or self._verb == b"EXTEND"):
-            leases.pop(job.receipt, None)
-        if error and not (isinstance(error, JobLost) and self._verb == b"RETURN" and self._is_repeated):
-            raise error
+        if not isinstance(error := self.reply, ReplyError):
+            if self._verb != b"EXTEND":
+                leases.pop(self.receipt, None)
+            return
+        if isinstance(error, WrongEpoch):
+            error = JobLost("the server has lost the job's message")
+        if isinstance(error, JobLost):
+            leases.pop(self.receipt, None)
+            if self._verb == b"RETURN" and self._is_repeated:
+                return
+        raise error
+
+
+@lru_cache
+def _encode_key(topic: str, group: str) -> bytes:
+    return encode_bulk(topic.encode()) + encode_bulk(group.encode())
 
 
 def done(job: Job) -> Settle:
@@ -173,38 +194,100 @@ def _milliseconds(name: str, value: object, *, zero: bool = False) -> bytes:
     return b"%d" % max(not zero, round(seconds * 1000))
 
 
+class _Order(NamedTuple):
+    """The arguments of a take, checked and encoded."""
+
+    topic: str
+    group: str
+    max_jobs: int
+    lease: float
+    words: bytes
+    """The encoded words: topic, group and lease."""
+    options: tuple[bytes, ...]
+    """The encoded option COUNT, if it is needed."""
+
+    @property
+    def token_key(self) -> tuple[str, str, int]:
+        return self[:3]
+
+
+def _order(topic: str, group: str, lease: float, prefetch: int) -> _Order:
+    """Raises TypeError or ValueError if an argument is invalid."""
+    try:
+        return _known_order(topic, group, lease, prefetch)
+    except TypeError:
+        # Perhaps only because it is not hashable.
+        pass
+    return _check_order(topic, group, lease, prefetch)
+
+
+def _check_order(topic: str, group: str, lease: float, prefetch: int) -> _Order:
+    name, group_name = arguments.topic_or_pattern(topic), arguments.short_name("group", group)
+    n = min(arguments.count("prefetch", prefetch), MAX_COUNT)
+    if not group_name:
+        raise ValueError("the name of the group is empty")
+    if not n:
+        raise ValueError("prefetch should be 1 or more, not 0")
+    words = b"".join(map(encode_bulk, (name, group_name, _milliseconds("lease", lease))))
+    return _Order(topic, group, n, lease, words, (encode_option(b"COUNT", n),) if n > 1 else ())
+
+
+_known_order = lru_cache(typed=True)(_check_order)
+
+
 class Take(Read):
-    """A TAKE, which gets the same jobs if it is repeated with the same token. It waits like a READ."""
+    """A TAKE, which gets the same jobs if it is repeated with the same token. It waits like a READ.
 
-    __slots__ = ("_epoch", "_key", "_lease", "_process", "_tokens")
+    It may include the DONE of another job, sent first, in the same packet.
+    """
 
-    def __init__(
-        self, session: Session, key: tuple[bytes, ...], lease: bytes, tokens: list[bytes], until: float
+    __slots__ = ("_done", "_epoch", "_jobs", "_order", "_tokens")
+
+    def __init__(  # noqa: PLR0913, PLR0917 - what a take consists of
+        self, session: Session, jobs: Jobs, order: _Order, tokens: list[bytes], until: float, done: Settle | None
     ) -> None:
-        self._session, self._key, self._lease, self._tokens, self._until = session, key, lease, tokens, until
-        self._process, self._epoch = process(), ""
+        self._session, self._jobs, self._order, self._tokens, self._until = session, jobs, order, tokens, until
+        self._done, self._epoch, self.seconds = done, "", 0.0
+
+    @property
+    def replies(self) -> int:
+        return 1 if self._done is None else 2
 
     def request(self, producer: Producer) -> bytes:
         self._epoch = producer.era.epoch if producer.era else ""
-        if not self._tokens or self._process is not process():
+        if not self._tokens or self._jobs is not jobs_of(self._session):
             # A forked child must not get its parent's jobs.
-            self._process, self._tokens[:] = process(), [binascii.b2a_base64(os.urandom(12), newline=False)]
-        self._asked_at = time.monotonic()
-        self.seconds = max(0.0, min(self._until - self._asked_at, MAX_WAIT_SECONDS))
-        wait = (b"WAIT", b"%d" % ms) if (ms := round(self.seconds * 1000)) else ()
-        topic, group, count = self._key
-        options = (*wait, b"COUNT", count, b"TOKEN", self._tokens[0])
-        return encode_request(b"TAKE", topic, group, self._lease, *options)
+            self._jobs = jobs_of(self._session)
+            self._tokens[:] = [self._jobs.new_token()]
+        options = self._order.options
+        self.seconds = 0.0
+        if self._until:
+            self._asked_at = time.monotonic()
+            self.seconds = max(0.0, min(self._until - self._asked_at, MAX_WAIT_SECONDS))
+            if milliseconds := round(self.seconds * 1000):
+                options = *options, encode_option(b"WAIT", milliseconds)
+        request = encode_take(self._order.words, options, self._tokens[0])
+        return request if self._done is None else self._done.request(producer) + request
 
-    def jobs(self, mq: Any, key: tuple[str, str]) -> list[Job]:
+    def take_reply(self, reply: Reply) -> None:
+        if self._done is None:
+            self.reply = reply
+        else:
+            # If the connection breaks before the next reply, only the rest is sent again.
+            self._done.reply, self._done = reply, None
+
+    def jobs(self, mq: Any) -> list[Job]:
         """Return the jobs in the reply. Raises the server's error, or ProtocolError."""
         reply, now, found = check(self.reply), time.time(), []
-        if not isinstance(reply, list) or len(reply) % 7 or not all(isinstance(body, bytes) for body in reply[4::7]):
+        if not isinstance(reply, list) or len(reply) % 7:
             raise ProtocolError("the reply to TAKE does not consist of jobs")
-        for topic, message_id, number, age, body, _, attempt in zip(*[iter(reply)] * 7, strict=True):
-            job = Job(as_text(topic), as_number(message_id), as_number(number), now - as_number(age) / 1000, body)
-            job.attempt, job.key, job._mq = as_number(attempt), key, mq  # noqa: SLF001 - made here
-            job._epoch = self._epoch  # noqa: SLF001
+        key = self._order[:2]
+        for fields in zip(*[iter(reply)] * 7, strict=True):
+            if tuple(map(type, fields)) != _FIELDS:
+                raise ProtocolError("the reply to TAKE does not consist of jobs")
+            topic, message_id, number, age, body, _, attempt = fields
+            job: Job = _new(Job, (as_text(topic), message_id, number, now - age / 1000, body))
+            job.attempt, job.key, job._epoch, job._mq = attempt, key, self._epoch, mq  # noqa: SLF001 - made here
             found.append(job)
         return found
 
@@ -216,15 +299,8 @@ class Work:
         self, mq: Any, topic: str, group: str, seconds: float, lease: float, prefetch: int = 1
     ) -> None:
         """Raises TypeError or ValueError if an argument is invalid."""
-        name, group_name = arguments.topic_or_pattern(topic), arguments.short_name("group", group)
-        n = arguments.count("prefetch", prefetch)
-        if not group_name:
-            raise ValueError("the name of the group is empty")
-        if not n:
-            raise ValueError("prefetch should be 1 or more, not 0")
-        self._seconds, self._lease = arguments.seconds("timeout", seconds), lease
-        self._lease_ms = _milliseconds("lease", lease)
-        self._key, self._request = (topic, group), (name, group_name, b"%d" % min(n, MAX_COUNT))
+        self._order = _order(topic, group, lease, prefetch)
+        self._seconds = arguments.seconds("timeout", seconds)
         # The token of the last take, until its first job has been handed out.
         self._tokens: list[bytes] = []
         # The first is the next to be handed out; while the caller works on it, it is `_given`, and then `_finished`.
@@ -247,44 +323,66 @@ class Work:
     def calls(self) -> Iterator[Call]:
         """Yield calls that finish the caller's job, and prepare the next one, if there is one in time.
 
-        Each call must be made before the next one is taken from the iterator. Raises JobLost.
+        Each call must be made before the next one is taken from the iterator.
         """
         until = time.monotonic() + self._seconds if self._seconds else 0.0
-        leases = self._jobs.leases
-        if self._finished is not None:
-            if self._finished.receipt in leases:
-                yield (call := done(self._finished))
-                call.accept(leases, self._finished)
-            self._finished = None
-        while True:
-            self._ready = [job for job in self._ready if job.receipt in leases]
-            if not self._ready:
-                yield from self._take(until)
-                return
-            job = self._ready[0]
-            if leases.get(job.receipt, 0.0) - boot_time() > _FRESH * self._lease:
-                return
-            yield (call := extend(job, self._lease))
-            with suppress(JobLost):
-                call.accept(leases, job)
-                return
+        leases, finished, done = self._jobs.leases, self._finished, None
+        if finished is not None or self._ready:
+            if finished is not None and finished.receipt in leases:
+                done = Settle(b"DONE", finished.receipt)
+            self._ready = [job for job in self._ready if job is not finished and job.receipt in leases]
+            if self._ready:
+                if done is not None:
+                    yield done
+                    self._end(done)
+                    done = None
+                yield from self._renew(leases)
+        if not self._ready:
+            yield from self._take(until, done)
+        self._finished = None
 
-    def _take(self, until: float) -> Iterator[Call]:
+    def _end(self, done: Settle) -> None:
+        """Process the reply to DONE."""
+        try:
+            done.accept(self._jobs.leases)
+        except JobLost as error:
+            topic, _, message_id, *_ = done.receipt
+            about = "job %d of %r was lost before it was finished; its lease was %g s: %s"
+            _logger.warning(about, message_id, topic, self._order.lease, error)
+        self._finished = None
+
+    def _renew(self, leases: dict[Receipt, float]) -> Iterator[Call]:
+        """Yield calls that extend the lease of the next job, if it was taken some time ago, and skip lost ones."""
+        while self._ready:
+            job = self._ready[0]
+            if leases.get(job.receipt, 0.0) - boot_time() > _FRESH * self._order.lease:
+                return
+            yield (call := extend(job, self._order.lease))
+            with suppress(JobLost):
+                call.accept(leases)
+                return
+            self._ready = self._ready[1:]
+
+    def _take(self, until: float, done: Settle | None) -> Iterator[Call]:
+        jobs = self._jobs
         tokens: list[bytes] = []
         self._tokens = tokens
-        if kept := self._jobs.tokens.get(self._request):
+        if jobs.tokens and (kept := jobs.tokens.get(self._order.token_key)):
             with suppress(IndexError):
                 # Atomic, so that neither threads nor interrupts can come in between.
                 tokens.extend(map(list.pop, (kept,)))
-        call = Take(self._mq._session, self._request, self._lease_ms, tokens, until)  # noqa: SLF001
+        call = Take(self._mq._session, jobs, self._order, tokens, until, done)  # noqa: SLF001
         found: list[Job] = []
         while not found:
             yield call
-            found = call.jobs(self._mq, self._key)
+            if done is not None:
+                self._end(done)
+                done = None
+            found = call.jobs(self._mq)
             if time.monotonic() >= until:
                 break
-        self._jobs.add(found, self._lease)
-        self._ready += found
+        jobs.add(found, self._order.lease)
+        self._ready = found
 
     def hand_out(self) -> Job | None:
         """Return the job that is ready, if any."""
@@ -295,7 +393,7 @@ class Work:
         """Make the next call, or if this loop is over, the next loop, get the job that the caller did not get."""
         self._given = None
         if is_over or not self._ready:
-            self._jobs.tokens.setdefault(self._request, []).extend(self._tokens)
+            self._jobs.tokens.setdefault(self._order.token_key, []).extend(self._tokens)
         self._tokens = []
 
     def left(self) -> tuple[list[Receipt], Job | None]:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from dsmq.client import jobs
+from dsmq.client.connection import Connection
 from dsmq.client.core import Client, Retries
 from dsmq.client.jobs import Job, Receipt, Settle, jobs_of
 from dsmq.errors import DSMQError
@@ -17,7 +18,7 @@ class Worker(Client):
     """The methods of a client that is a worker."""
 
     _run: Callable[..., None]
-    _wait_seconds: Callable[[float | None], float]
+    _default_wait: Callable[[], float]
 
     def take(
         self, topic: str, group: str = "workers", *, timeout: float | None = None, lease: float = 60.0
@@ -30,7 +31,7 @@ class Worker(Client):
 
         Raises Full if the server has too many groups or jobs in flight. See `Job`.
         """
-        work = jobs.Work(self, topic, group, self._wait_seconds(timeout), lease)
+        work = jobs.Work(self, topic, group, self._default_wait() if timeout is None else timeout, lease)
         try:
             for call in work.calls():
                 self._run(call)
@@ -44,31 +45,34 @@ class Worker(Client):
     ) -> Iterator[Job]:
         """Iterate over jobs as `take` returns them; end when there is none for `timeout` seconds.
 
-        Requesting the next job finishes the current one, and raises JobLost if its lease has ended. If the loop is left
-        by `break` or an exception, the job is given back once Python deletes the iterator; if a variable refers to it,
-        call its `close()`, or the client's. Up to `prefetch` jobs are taken at once. The leases of waiting jobs are
-        extended when their turn comes, and jobs lost meanwhile are skipped.
+        Requesting the next job finishes the current one. If its lease has ended, and another worker has it, the loop
+        logs a warning, and continues with the next job: one slow job must not stop a worker, and then the next one that
+        gets it. To handle that differently, finish the job yourself by `done` or `with job:`, which raise JobLost.
+
+        If the loop is left by `break` or an exception, the job is given back once Python deletes the iterator; if a
+        variable refers to it, call its `close()`, or the client's. Up to `prefetch` jobs are taken at once. The leases
+        of waiting jobs are extended when their turn comes, and jobs lost meanwhile are skipped.
         """
         return _Work(self, topic, group, timeout, lease, prefetch)
 
     def done(self, job: Job) -> None:
         """Finish a job: no worker of its group gets it again. Raises JobLost if its lease has ended."""
-        self._settle(jobs.done(job), job)
+        self._settle(jobs.done(job))
 
     def give_back(self, job: Job, *, delay: float = 0.0) -> None:
         """Return a job to its group: another worker gets it after `delay` seconds (up to a day), before newer ones.
 
         Raises JobLost if its lease has ended.
         """
-        self._settle(jobs.give_back(job, delay), job)
+        self._settle(jobs.give_back(job, delay))
 
     def extend(self, job: Job, seconds: float) -> None:
         """Make a job's lease end in `seconds`, up to a day. Raises JobLost if it has already ended."""
-        self._settle(jobs.extend(job, seconds), job)
+        self._settle(jobs.extend(job, seconds))
 
-    def _settle(self, call: Settle, job: Job) -> None:
+    def _settle(self, call: Settle) -> None:
         self._run(call)
-        call.accept(jobs_of(self._session).leases, job)
+        call.accept(jobs_of(self._session).leases)
 
     def _leave(self, receipts: list[Receipt], finished: Job | None = None) -> None:
         """Give back jobs, and finish one, if the server answers now. Otherwise, their leases will end."""
@@ -86,7 +90,7 @@ class _Work(jobs.Work, Iterator[Job]):
         self.begin()
         try:
             for call in self.calls():
-                self._mq._run(call)  # noqa: SLF001 - one module
+                self._mq._run(call, Connection.ask_several)  # noqa: SLF001 - one module
             if job := self.hand_out():
                 return job
         except BaseException:

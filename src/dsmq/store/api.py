@@ -204,8 +204,8 @@ class Store(Protocol):
     limits: Limits
 
     @property
-    def groups(self) -> Groups | None:
-        """The groups of workers; None if this store has none."""
+    def groups(self) -> Groups:
+        """The groups of workers."""
 
     @property
     def epoch(self) -> str:

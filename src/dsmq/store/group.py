@@ -10,9 +10,11 @@ from __future__ import annotations
 import heapq
 import sys
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
-from dsmq.store.selection import Selection
+if TYPE_CHECKING:
+    from dsmq.store.selection import Selection
 
 # The approximate memory for an unfinished job.
 JOB_BYTES = 600
@@ -23,7 +25,7 @@ _MAX_ENDED = 200
 # Max topics whose last numbers are remembered, to count messages that expired before they were taken.
 MAX_NUMBERS = 200
 # Instead of a time: the job can be given now, or it was given too often.
-_READY, _FAILED = -1, -2
+READY, FAILED = -1, -2
 
 
 class Receipt(NamedTuple):
@@ -63,7 +65,7 @@ class HeldJob:
     id: int
     topic: bytes
     attempt: int = 0
-    until: int = _READY
+    until: int = READY
     """When its lease, or its delay, ends."""
     is_held: bool = False
     """Whether a worker may still finish this attempt; after its lease has ended, as long as the job is not given again.
@@ -72,6 +74,13 @@ class HeldJob:
     """When the current worker got it."""
     token: bytes = b""
     worker: str = ""
+    version: int = 0
+    """The id of the fact that last changed it, with a shared store."""
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether it was given too often."""
+        return self.until == FAILED
 
     @property
     def is_in_flight(self) -> bool:
@@ -98,6 +107,8 @@ class Group:
     numbers: dict[bytes, tuple[int, int]] = field(default_factory=dict)
     """For each topic: the last number given, and the number of messages that it had dropped by then."""
     counts: GroupCounts = field(default_factory=GroupCounts)
+    in_flight: int = 0
+    """The number of jobs that are in flight."""
     _tokens: dict[bytes, list[Receipt]] = field(default_factory=dict)
     _due: list[tuple[int, int]] = field(default_factory=list)
     # Like `_due`, may contain ids of jobs that are no longer ready.
@@ -110,6 +121,11 @@ class Group:
         return JOB_BYTES * (1 + len(self.jobs))
 
     @property
+    def size(self) -> int:
+        """The number of jobs that are not done."""
+        return len(self.jobs)
+
+    @property
     def next_due(self) -> int | None:
         """When the next lease or delay ends, if there is any; possibly too early."""
         return self._due[0][0] if self._due else None
@@ -117,10 +133,11 @@ class Group:
     def restore(self, job: HeldJob) -> None:
         """Add a job from a snapshot."""
         self.jobs[job.id] = job
+        self.in_flight += job.is_in_flight
         self._remember_token(job)
-        if job.until == _FAILED:
+        if job.until == FAILED:
             self.failed.append(job)
-        elif job.until == _READY:
+        elif job.until == READY:
             heapq.heappush(self._ready, job.id)
         else:
             self._await(job, job.until)
@@ -140,7 +157,7 @@ class Group:
         """Return the oldest job to be given again, if there is one. It stays available until it is given or removed."""
         while self._ready:
             job = self.jobs.get(self._ready[0])
-            if job is not None and job.until == _READY:
+            if job is not None and job.until == READY:
                 return job
             heapq.heappop(self._ready)
         return None
@@ -154,6 +171,8 @@ class Group:
         self._await(job, until)
 
     def _await(self, job: HeldJob, until: int) -> None:
+        if job.is_held and job.until < 0:
+            self.in_flight += 1
         job.until = until
         heapq.heappush(self._due, (until, job.id))
         if len(self._due) > 2 * len(self.jobs) + 64:
@@ -165,7 +184,7 @@ class Group:
         """Make some jobs whose lease or delay has ended available again, unless they were given too often."""
         if len(self._ready) > 2 * len(self.jobs) + 64:
             # Leases of most were extended after their end.
-            self._ready = [job.id for job in self.jobs.values() if job.until == _READY]
+            self._ready = [job.id for job in self.jobs.values() if job.until == READY]
             heapq.heapify(self._ready)
         for _ in range(_MAX_ENDED):
             if not self._due or self._due[0][0] > now:
@@ -174,13 +193,17 @@ class Group:
             job = self.jobs.get(message_id)
             if job is None or job.until != until:
                 continue
+            self.in_flight -= job.is_held
             if max_attempts and job.attempt >= max_attempts:
-                self._forget_token(job)
-                job.is_held, job.until = False, _FAILED
-                self.failed.append(job)
+                self._fail(job)
             else:
-                job.until = _READY
+                job.until = READY
                 heapq.heappush(self._ready, message_id)
+
+    def _fail(self, job: HeldJob) -> None:
+        self._forget_token(job)
+        job.is_held, job.until = False, FAILED
+        self.failed.append(job)
 
     def is_current(self, receipt: Receipt) -> bool:
         """Return whether the worker with this receipt may still finish the job."""
@@ -192,8 +215,10 @@ class Group:
         self.counts.done += 1
         self.remove(self.jobs[receipt.id])
         self.done[receipt.id] = receipt.attempt
-        for _ in range(min(2, len(self.done) - max_done)):
-            del self.done[next(iter(self.done))]
+        if len(self.done) > max_done:
+            # Many at once, because it takes time to find the first key of a dict after those deleted before.
+            for message_id in list(islice(self.done, 1 + max_done // 16)):
+                del self.done[message_id]
 
     def extend(self, job: HeldJob, until: int) -> None:
         """Change the lease of a current job."""
@@ -202,11 +227,13 @@ class Group:
     def put_back(self, job: HeldJob, until: int) -> None:
         """Take a job from its worker; it is given again at the time `until`."""
         self._forget_token(job)
+        self.in_flight -= job.is_in_flight
         job.is_held, job.token, job.worker = False, b"", ""
         self._await(job, until)
 
     def remove(self, job: HeldJob) -> None:
         self._forget_token(job)
+        self.in_flight -= job.is_in_flight
         del self.jobs[job.id]
 
     def _remember_token(self, job: HeldJob) -> None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from itertools import islice, takewhile
-from operator import attrgetter
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 MAX_FIRST, _FIRST_SECONDS = 20, 0.002
 # Max jobs tried to find the oldest one whose message has not expired.
 _MAX_PEEKS = 10
+# Jobs listed before other threads may run.
+_JOBS_AT_ONCE = 1_000
 
 
 class GroupStats(NamedTuple):
@@ -85,27 +86,35 @@ class GroupFigures:
 
     def _describe(self, group: Group, until: float) -> GroupStats:
         with self.lock:
-            jobs = list(group.jobs.values())
+            held, again = group.in_flight, len(group.jobs) - group.in_flight
+            # In the order in which they were given first, which is that of their ids.
+            oldest = list(islice(group.jobs.values(), _MAX_PEEKS))
             position, counts = group.position, replace(group.counts)
             given = {topic: number for topic, (number, _) in group.numbers.items()}
-        held = sum([job.is_in_flight for job in jobs])
         waiting, age_ms = self._source.backlog(group.selection, position, given, until)
-        for job in heapq.nsmallest(_MAX_PEEKS, jobs, key=attrgetter("id")):
+        for job in oldest:
             message = self._source.peek(job.topic, job.id + 1)
             if message is not None and message.id == job.id:
                 age_ms = message.age_ms
                 break
-        return GroupStats(group.key, group.name, held, len(jobs) - held, counts, waiting, age_ms)
+        return GroupStats(group.key, group.name, held, again, counts, waiting, age_ms)
 
     def held(self, topic: bytes, count: int) -> list[tuple[Group, HeldJob, int]]:
         """Return the jobs of a topic that workers hold, each with its group and for how many milliseconds; the longest
         first.
         """
-        found = []
+        found = heapq.nsmallest(count, self._in_flight(topic), key=lambda one: one[1].since)
+        now = self._source.now()
+        return [(*one, now - one[1].since) for one in found]
+
+    def _in_flight(self, topic: bytes) -> Iterator[tuple[Group, HeldJob]]:
         for group in list(self._groups.values()):
             if group.selection.matches(topic):
                 with self.lock:
                     jobs = list(group.jobs.values())
-                found += [(group, job) for job in jobs if job.is_in_flight and job.topic == topic]
-        now = self._source.now()
-        return [(*one, now - one[1].since) for one in heapq.nsmallest(count, found, key=lambda one: one[1].since)]
+                for number, job in enumerate(jobs):
+                    if not number % _JOBS_AT_ONCE:
+                        # Lets other threads of the interpreter run.
+                        time.sleep(0)
+                    if job.is_in_flight and job.topic == topic:
+                        yield group, job

@@ -11,26 +11,31 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq import logs
 from dsmq.errors import BadRequest, Full, JobLost, ReplyError
-from dsmq.store.api import Found, ManyTopics, Message, Outcome, Put, TopicMessage
+from dsmq.store.api import Answer, Found, ManyTopics, Message, Outcome, Put, TopicMessage
 from dsmq.store.group import MAX_DONE, Group, GroupCounts, HeldJob, Receipt
 from dsmq.store.group_figures import GroupFigures
+from dsmq.store.read_ahead import ReadAhead
 from dsmq.store.schema import Batch
 from dsmq.store.selection import Selection
-from dsmq.store.topics import TopicTable
 from dsmq.terminal import quoted
+
+if TYPE_CHECKING:
+    from dsmq.store.topics import TopicTable
 
 FAILED_SUFFIX = b"/failed"
 # Min time for a worker that held a job before a restart to finish it.
 LEASE_AFTER_RESTART_MS = 30_000
 # The pause before the next attempt to move a job to the topic for failed jobs.
-_MOVE_AGAIN_MS = 1_000
+MOVE_AGAIN_MS = 1_000
 # Max jobs of a group moved there while holding the lock.
-_MAX_MOVED = 20
+MAX_MOVED = 20
+# Max messages given to a worker at once that were not given before.
+MAX_NEW = 100
 # Max finished jobs remembered in all groups together, apart from the last few of each.
 _MAX_DONE, _LEAST_DONE = 30_000, 30
 
@@ -65,6 +70,8 @@ class Take(NamedTuple):
     """A request with the token of an earlier one gets the jobs of that one that are still held. Empty: no token."""
     worker: str
     """A name for status pages."""
+    is_waiting: bool = False
+    """Whether it is made again when there may be jobs, so that it matters less if a shared store finds none yet."""
 
 
 class Job(NamedTuple):
@@ -104,6 +111,11 @@ class Source:
         """Return the number of messages that a topic has dropped to make room for newer ones."""
         return self._topics.dropped_by_name.get(topic, 0)
 
+    @property
+    def stored_state(self) -> tuple[int, int, object]:
+        """Equal to an earlier one if no message has been deleted since, and messages still expire at the same age."""
+        return self._topics.deleted, self.max_age_ms, self._topics.rules
+
     def longest_age_ms(self) -> int:
         raise NotImplementedError
 
@@ -125,8 +137,11 @@ class Groups(GroupFigures):
         """How long jobs are searched for, or given again, while holding the lock."""
         self.on_messages: Callable[[set[bytes]], None] = lambda _: None
         """Called with the topics into which failed jobs were put."""
+        self.on_available: Callable[[tuple[bytes, bytes]], None] = lambda _: None
+        """Called with a topic or pattern and a group whose waiting workers should try again."""
         self._source = source
         self._groups: dict[tuple[bytes, bytes], Group] = {}
+        self._ahead = ReadAhead(self._read_next)
         self._memory = 0
         # Added to the counts of the groups to give those since the start: what forgotten groups have counted, without
         # what restored ones had counted before.
@@ -134,7 +149,7 @@ class Groups(GroupFigures):
 
     # Jobs
 
-    def take(self, request: Take) -> list[Job] | None:
+    def take(self, request: Take) -> Answer[list[Job] | None]:
         """Give jobs to a worker: an empty list if there are none now, None if the search has to be continued.
 
         Raises Full.
@@ -153,8 +168,12 @@ class Groups(GroupFigures):
         if group is None:
             if len(self._groups) >= self.limits.max_groups:
                 raise Full(f"too many groups of workers (max_groups = {self.limits.max_groups})")
-            group = Group(request.key, request.group, request.selection, now)
-            self._groups[request.key, request.group] = group
+            group = self._begin(request, now)
+        return group
+
+    def _begin(self, request: Take, now: int) -> Group:
+        group = Group(request.key, request.group, request.selection, now)
+        self._groups[request.key, request.group] = group
         return group
 
     def _note_use(self, group: Group, now: int) -> None:
@@ -192,8 +211,8 @@ class Groups(GroupFigures):
 
     def _give_new(self, group: Group, request: Take, now: int, jobs: list[Job], max_bytes: int) -> list[Job] | None:
         """Add messages that were not given before to the jobs given to a worker."""
-        room = min(self._room(group), request.max_jobs - len(jobs))
-        found = self._next(group, max(1, room), max_bytes if room > 0 else 1)
+        room = min(self._room(group), request.max_jobs - len(jobs), MAX_NEW)
+        found = self._next(group, max(1, room), max_bytes if room > 0 else 1, now)
         if found.messages and room <= 0:
             raise self._full(group)
         for message in found.messages:
@@ -209,16 +228,21 @@ class Groups(GroupFigures):
 
     def _room(self, group: Group) -> int:
         """Return how many more jobs the limits allow. They apply only to new ones: all others must be given again."""
-        return self.limits.max_jobs_in_flight - len(group.jobs) if self._memory < self.limits.max_group_bytes else 0
+        return self.limits.max_jobs_in_flight - group.size if self._memory < self.limits.max_group_bytes else 0
 
     def _full(self, group: Group) -> Full:
         limits = self.limits
-        if len(group.jobs) >= limits.max_jobs_in_flight:
+        if group.size >= limits.max_jobs_in_flight:
             return Full(f"too many jobs in flight (max_jobs_in_flight = {limits.max_jobs_in_flight})")
         return Full(f"groups of workers take too much memory (max_group_bytes = {limits.max_group_bytes})")
 
-    def _next(self, group: Group, count: int, max_bytes: int) -> Found:
+    def _next(self, group: Group, count: int, max_bytes: int, now: int) -> Found:
         """Return the next messages not given yet."""
+        if count == 1:
+            return self._ahead.next(group, now, self._source.stored_state)
+        return self._read_next(group, count, max_bytes)
+
+    def _read_next(self, group: Group, count: int, max_bytes: int) -> Found:
         if group.selection.patterns:
             return self._source.read_many(ManyTopics(group.selection, group.position, count, max_bytes))
         topic = group.key
@@ -254,10 +278,8 @@ class Groups(GroupFigures):
         group.counts.expired += 1
         return None
 
-    def done(self, key: bytes, name: bytes, receipts: Iterable[Receipt]) -> bool:
-        """Finish jobs, all or none; return whether the group had no room for others. Raises JobLost if a receipt is no
-        longer current.
-        """
+    def done(self, key: bytes, name: bytes, receipts: Sequence[Receipt]) -> Answer[None]:
+        """Finish jobs, all or none. Raises JobLost if a receipt is no longer current."""
         with self.lock:
             group = self._groups.get((key, name))
             was_full = group is not None and self._room(group) <= 0
@@ -270,21 +292,28 @@ class Groups(GroupFigures):
                 for receipt in current:
                     group.finish(receipt, max_done)
                 self._note_use(group, self._source.now())
-            return was_full
+            if was_full:
+                self.on_available((key, name))
+        return None
 
-    def give_back(self, key: bytes, name: bytes, receipt: Receipt, delay_ms: int) -> None:
+    def give_back(self, key: bytes, name: bytes, receipt: Receipt, delay_ms: int) -> Answer[None]:
         """Make a job available again, after a delay. Raises JobLost."""
         with self.lock:
             group, now = self._check(self._groups.get((key, name)), receipt), self._source.now()
             group.put_back(group.jobs[receipt.id], now + delay_ms)
             self._note_use(group, now)
+            self.on_available((key, name))
+        return None
 
-    def extend(self, key: bytes, name: bytes, receipt: Receipt, lease_ms: int) -> None:
+    def extend(self, key: bytes, name: bytes, receipt: Receipt, lease_ms: int) -> Answer[None]:
         """Make a lease end this long from now. Raises JobLost."""
         with self.lock:
             group, now = self._check(self._groups.get((key, name)), receipt), self._source.now()
             group.extend(group.jobs[receipt.id], now + lease_ms)
             self._note_use(group, now)
+            # The first waiting worker may have to wake earlier.
+            self.on_available((key, name))
+        return None
 
     def _check(self, group: Group | None, receipt: Receipt) -> Group:
         if group is None or not group.is_current(receipt):
@@ -317,37 +346,33 @@ class Groups(GroupFigures):
                 is_done = is_done and not group.failed and (due is None or due > now)
                 if due is None and now - group.used_at > self._source.longest_age_ms():
                     # No worker holds a job, and all messages given have expired.
-                    self._memory -= group.counted_memory
-                    self._base.add(group.counts)
-                    del self._groups[key]
+                    self._forget(key, group)
         if moved:
             self.on_messages(moved)
         return not is_done
 
+    def _forget(self, key: tuple[bytes, bytes], group: Group) -> None:
+        self._memory -= group.counted_memory
+        self._base.add(group.counts)
+        self._ahead.forget(group)
+        del self._groups[key]
+
     def _move_failed(self, group: Group, now: int) -> set[bytes]:
         """Move failed jobs to their topics, or try again later; return these topics."""
         moved = set()
-        for job in group.failed[:_MAX_MOVED]:
-            topic = job.topic + FAILED_SUFFIX
+        for job in group.failed[:MAX_MOVED]:
             try:
                 if message := self._read(group, job):
-                    self._put_failed(topic, message.body)
+                    put = failed_put(job, message.body, self.limits)
+                    self._source.append([put])
                     group.counts.failed += 1
                     group.remove(job)
-                    moved.add(topic)
+                    moved.add(put[0])
             except ReplyError as error:
-                if not group.counts.unmoved:
-                    name, about = quoted(topic.decode()), logs.event("job_not_moved", topic=job.topic.decode())
-                    _logger.warning("failed jobs can't be moved to topic %s: %s", name, error, extra=about)
-                group.counts.unmoved += 1
-                group.put_back(job, now + _MOVE_AGAIN_MS)
-        del group.failed[:_MAX_MOVED]
+                count_unmoved(group, job, error)
+                group.put_back(job, now + MOVE_AGAIN_MS)
+        del group.failed[:MAX_MOVED]
         return moved
-
-    def _put_failed(self, topic: bytes, body: bytes) -> None:
-        if len(topic) > self.limits.max_topic_bytes:
-            raise BadRequest(f"a topic has at most {self.limits.max_topic_bytes} bytes, not {len(topic)}")
-        self._source.append([(topic, body, None)])
 
     # Snapshots
 
@@ -392,6 +417,23 @@ class Groups(GroupFigures):
             by_row[row].numbers[topic] = number, dropped
         for group in by_row.values():
             self._note_use(group, group.used_at)
+
+
+def failed_put(job: HeldJob, body: bytes, limits: GroupLimits, key: tuple[bytes, int] | None = None) -> Put:
+    """Return the put into the topic for failed jobs. Raises BadRequest."""
+    topic = job.topic + FAILED_SUFFIX
+    if len(topic) > limits.max_topic_bytes:
+        raise BadRequest(f"a topic has at most {limits.max_topic_bytes} bytes, not {len(topic)}")
+    return topic, body, key
+
+
+def count_unmoved(group: Group, job: HeldJob, error: Exception) -> None:
+    """Count an unsuccessful attempt to move a job there, and log the group's first."""
+    if not group.counts.unmoved:
+        topic = job.topic.decode()
+        name, about = quoted(topic + FAILED_SUFFIX.decode()), logs.event("job_not_moved", topic=topic)
+        _logger.warning("failed jobs can't be moved to topic %s: %s", name, error, extra=about)
+    group.counts.unmoved += 1
 
 
 def _batches(

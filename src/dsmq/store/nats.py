@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, TypeVar
 from dsmq import threads
 from dsmq.errors import ReplyError, StartupError, StoreFailed, TooBig
 from dsmq.store.api import Answer, EngineStats, Outcome, Put, Timing
+from dsmq.store.nats_api import EngineError
 from dsmq.store.nats_connection import Credentials, NATSConnection, Server
+from dsmq.store.nats_groups import NATSGroups
 from dsmq.store.nats_index import ReadIndex
 from dsmq.store.nats_leader import LeaderFollower
 from dsmq.store.nats_mirror import Mirror
@@ -33,7 +35,7 @@ from dsmq.store.nats_puts import Publisher
 from dsmq.store.nats_reads import FreshReads
 from dsmq.store.nats_requests import Requests
 from dsmq.store.nats_rules import SharedLimits, StreamRules
-from dsmq.store.nats_stream import HEADER_BYTES, EngineError, Stream
+from dsmq.store.nats_stream import HEADER_BYTES, Stream
 from dsmq.store.sqlite import MirrorStore
 
 if TYPE_CHECKING:
@@ -55,7 +57,6 @@ class NATSStore(SharedLimits, FreshReads):
     """A store in a NATS JetStream stream. Thread-safe; its event loop runs in its own thread."""
 
     is_shared = True
-    groups = None
 
     def __init__(
         self,
@@ -82,7 +83,8 @@ class NATSStore(SharedLimits, FreshReads):
         self.connection = NATSConnection(servers, self._credentials, tls, f"dsmq {stream}")
         self.requests = Requests(self.connection)
         self.stream = Stream(stream, replicas)
-        self.mirror = Mirror(self.connection, self.stream, self.rules, self._new_mirror)
+        self.groups = NATSGroups(self)
+        self.mirror = Mirror(self.connection, self.stream, self.rules, self.groups, self._new_mirror)
         self._index = ReadIndex(self.mirror, self.connection, self.requests, self.stream)
         self.publisher = Publisher(self.requests, self.stream.topic_prefix, self._index)
         self._leader = LeaderFollower(self.connection, self.stream)
@@ -229,7 +231,7 @@ class NATSStore(SharedLimits, FreshReads):
         # Cancel again: before Python 3.12, `asyncio.wait_for` loses a cancellation that arrives along with its result.
         self._loop.call_later(CANCEL_SECONDS, self._cancel)
 
-    def _post(self, call: Callable[[], None]) -> None:
+    def post(self, call: Callable[[], None]) -> None:
         """Run a function in the loop's thread. Raises StoreFailed if the loop has stopped."""
         try:
             self._loop.call_soon_threadsafe(call)
@@ -246,6 +248,10 @@ class NATSStore(SharedLimits, FreshReads):
     def append(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
         return self._append(puts, together=False)
 
+    def publish_job_fact(self, fact: bytes, answer: Future[list[Outcome]]) -> None:
+        """Publish a change of a group of workers. Raises StoreFailed."""
+        self.post(partial(self.publisher.put_fact, self.mirror.jobs_subject, fact, answer))
+
     def append_together(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
         return self._append(puts, together=True)
 
@@ -258,7 +264,7 @@ class NATSStore(SharedLimits, FreshReads):
         known = self.mirror.store.check(puts)
         new = [put for put, message_id in zip(puts, known, strict=True) if message_id is None]
         if len(new) < len(puts):
-            self._post(partial(self.publisher.count_repeated, len(puts) - len(new)))
+            self.post(partial(self.publisher.count_repeated, len(puts) - len(new)))
         if not new:
             return [message_id for message_id in known if message_id is not None]
         answer: Future[list[Outcome]] = Future()
@@ -266,7 +272,7 @@ class NATSStore(SharedLimits, FreshReads):
         if len(new) < len(puts):
             published = Future()
             published.add_done_callback(partial(_merge, known, answer))
-        self._post(partial(self.publisher.put, new, published, together=together))
+        self.post(partial(self.publisher.put, new, published, together=together))
         return answer
 
     # The start of clients
@@ -276,7 +282,7 @@ class NATSStore(SharedLimits, FreshReads):
         try:
             if reason := self.unready_reason:
                 raise StoreFailed(reason)
-            self._post(lambda: self._start_task(self._answer_last_id(answer)))
+            self.post(lambda: self._start_task(self._answer_last_id(answer)))
         except StoreFailed as error:
             answer.set_exception(error)
         return answer

@@ -17,6 +17,7 @@ from dsmq.store.selection import Selection
 from dsmq.system import boot_time
 
 if TYPE_CHECKING:
+    from dsmq.store.nats_groups import NATSGroups
     from dsmq.store.nats_rules import StreamRules
     from dsmq.store.nats_stream import Stream
     from dsmq.store.sqlite import MirrorStore
@@ -39,8 +40,9 @@ class Delivery(NamedTuple):
 class Fold:
     """Applies messages, as part of a mirror."""
 
-    def __init__(self, stream: Stream, store: MirrorStore, rules: StreamRules) -> None:
-        self._stream, self.store, self._rules = stream, store, rules
+    def __init__(self, stream: Stream, store: MirrorStore, rules: StreamRules, groups: NATSGroups) -> None:
+        self._stream, self.store, self._rules, self.groups = stream, store, rules, groups
+        groups.begin(store)
         self.ready = False
         """Whether the store has ever been complete."""
         self.skipped = 0
@@ -51,6 +53,7 @@ class Fold:
         self._change: asyncio.Task[None] | None = None
         self.purge_subject = stream.facts_prefix + b"purge"
         self._rules_subject = stream.facts_prefix + b"rules"
+        self.jobs_subject = stream.facts_prefix + b"jobs"
         self.purged: dict[int, int] = {}
         """The number of messages that the last purges deleted, by the purges' ids."""
         # The topics' last numbers, each as of an id, for a mirror that is not complete yet.
@@ -75,6 +78,10 @@ class Fold:
         for at, (message_id, put_at, message, _) in enumerate(deliveries, 1):
             if message_id <= last_id:
                 continue
+            if message.subject == self.jobs_subject:
+                self._apply_to_groups(message.body, message_id, max(0, int(now - put_at)))
+                last_id = message_id
+                continue
             if not message.subject.startswith(self._stream.topic_prefix):
                 if slices := self._slices(message, max(0, int(now - put_at))):
                     self._store(messages, last_id)
@@ -95,14 +102,20 @@ class Fold:
         self._store(messages, last_id)
         return topics
 
+    def _apply_to_groups(self, fact: bytes, message_id: int, age_ms: int) -> None:
+        try:
+            self.groups.apply(fact, message_id, age_ms)
+        except Exception:
+            _logger.exception("fact %s can't be applied", message_id, extra=event("skipped", id=message_id))
+            self.skipped += 1
+
     def _slices(self, message: Received, age_ms: int) -> Iterator[int] | None:
         """Return an iterator that applies a message that changes others, in slices; None for other messages."""
         if message.subject == self.purge_subject:
             return self.store.purge(Selection(map(decode_token, message.body.split())))
         if message.subject == self._rules_subject:
             return self._apply_rules(message.body, age_ms)
-        # Messages of `ReadIndex` are empty.
-        if message.body and message.subject.startswith(self._stream.facts_prefix):
+        if message.subject.removeprefix(self._stream.facts_prefix).isdigit():
             self._facts_at = time.monotonic()
         return None
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.errors import StoreFailed
 from dsmq.store.api import Put
+from dsmq.store.nats_api import FULL, WRONG_SEQUENCE, EngineError
 from dsmq.store.nats_connection import NATSConnection, encode_publish
 from dsmq.store.nats_requests import Ack, Requests
-from dsmq.store.nats_stream import FULL, WRONG_SEQUENCE, EngineError, Stream
 from dsmq.system import boot_time
 
 if TYPE_CHECKING:
     from dsmq.store.nats_mirror import Mirror
+    from dsmq.store.nats_stream import Stream
 
 # How long a read may wait for the engine: longer than an election takes, shorter than a client's reply timeout.
 READ_SECONDS = 9.5

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 
 from dsmq.errors import StartupError
 from dsmq.logs import event
+from dsmq.store.nats_api import NO_RESPONDERS, STREAM_NOT_FOUND, EngineError
 from dsmq.store.nats_connection import NATSConnection, Received, encode_publish
 from dsmq.store.nats_fold import Delivery, Fold
+from dsmq.store.nats_group_state import read_state, write_state
 from dsmq.store.nats_stream import (
-    NO_RESPONDERS,
-    STREAM_NOT_FOUND,
-    EngineError,
     Stream,
     StreamState,
 )
 from dsmq.system import boot_time
 
 if TYPE_CHECKING:
+    from dsmq.store.nats_groups import NATSGroups
     from dsmq.store.nats_rules import StreamRules
     from dsmq.store.sqlite import MirrorStore
 
@@ -84,9 +84,14 @@ class Mirror(Fold):
     """Follows the stream. Used in one asyncio event loop, except for `store`, which is thread-safe."""
 
     def __init__(
-        self, connection: NATSConnection, stream: Stream, rules: StreamRules, new_store: Callable[[], MirrorStore]
+        self,
+        connection: NATSConnection,
+        stream: Stream,
+        rules: StreamRules,
+        groups: NATSGroups,
+        new_store: Callable[[], MirrorStore],
     ) -> None:
-        super().__init__(stream, new_store(), rules)
+        super().__init__(stream, new_store(), rules, groups)
         self._connection, self._new_store = connection, new_store
         self.epoch = ""
         self.on_ready: Callable[[], None] = lambda: None
@@ -173,6 +178,8 @@ class Mirror(Fold):
             self._restart()
         if not self.ready and not self.store.last_id():
             self._facts = sorted(await self._stream.read_facts(), key=lambda part: part[0])
+            self.groups.begin(self.store)
+            await read_state(self._stream, self.groups, state.now_ms, state.kept_ms)
             if state.kept_ms < math.inf:
                 self.store.limit_memory(round(state.kept_ms))
         # A new name each time: a request that seems to have failed may have created its consumer.
@@ -211,6 +218,7 @@ class Mirror(Fold):
         with self._rules.lock:
             self._rules.fact = b""
             self.store = self._new_store()
+        self.groups.begin(self.store)
         self._stream.rules, self._stream.is_configured = None, False
         # Delayed, because other threads may be reading it.
         asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._close_oldest)
@@ -260,6 +268,7 @@ class Mirror(Fold):
             at, numbers = self.store.all_numbers()
             try:
                 await self._stream.write_facts(at, numbers)
+                await write_state(self._stream, self.groups, self.store.last_id())
             except EngineError as error:
                 _logger.warning("the topics' numbers could not be written to the stream: %s", error)
 
@@ -315,5 +324,9 @@ class Mirror(Fold):
             self._apply_facts(self._state.last_id)
             self.lag.update(self._state.last_id, self.store.last_id())
             self.ready = True
+            self.groups.begin_counts()
+            if self.groups.count:
+                # Before facts expire that the last state, if there is one, lacks.
+                self._facts_at = -math.inf
             self.applied.set()
             self.on_ready()

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.errors import Full, ReplyError, StoreFailed, Unsure
 from dsmq.store.api import Outcome, Put, RetriedKey
+from dsmq.store.nats_api import FULL
 from dsmq.store.nats_connection import encode_publish, encode_token
 from dsmq.store.nats_requests import Ack, Requests
-from dsmq.store.nats_stream import FULL
 
 if TYPE_CHECKING:
     from dsmq.store.nats_index import ReadIndex
@@ -122,7 +122,7 @@ class Publisher:
         """Queue a message for the servers, in order with puts."""
         key = self._own, next(self._numbers)
         fact = _Publish(subject, b"%b:%d" % key, (b"", body, key))
-        self._queue.append(_Append([fact], answer, together=True, until=time.monotonic() + PUT_SECONDS))
+        self._queue.append(_Append([fact], answer, together=False, until=time.monotonic() + PUT_SECONDS))
         self._begin()
 
     async def run(self) -> None:

@@ -87,7 +87,7 @@ class FreshReads(MirroredStore):
     publisher: Publisher
 
     @abstractmethod
-    def _post(self, call: Callable[[], None]) -> None:
+    def post(self, call: Callable[[], None]) -> None:
         """Run this in the thread of the store."""
 
     def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> Answer[list[Message]]:
@@ -132,8 +132,14 @@ class FreshReads(MirroredStore):
             except Exception as failed:  # noqa: BLE001 - the reader gets it
                 answer.set_exception(failed)
 
-        self._post(lambda: self._index.add(finish))
+        self.when_fresh(finish)
         return answer
+
+    def when_fresh(self, call: Callable[[Exception | None], None]) -> None:
+        """Call a function in the store's thread with None once the mirror has everything that the engine has now, or
+        with an error. Raises StoreFailed.
+        """
+        self.post(partial(self._index.add, call))
 
     def purge(self, selection: Selection) -> Iterator[Answer[int]]:
         """Make all servers purge their mirrors, and wait for this server's."""
@@ -158,7 +164,7 @@ class FreshReads(MirroredStore):
         stored: Future[list[Outcome]] = Future()
         stored.add_done_callback(on_stored)
         fact = b" ".join(map(encode_token, selection.words))
-        self._post(partial(self.publisher.put_fact, self.mirror.purge_subject, fact, stored))
+        self.post(partial(self.publisher.put_fact, self.mirror.purge_subject, fact, stored))
         while not counts:
             yield done
         yield counts[0]

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 
 from dsmq.logs import event
 from dsmq.store.api import Limits
-from dsmq.store.nats_stream import FULL, EngineError, Stream
+from dsmq.store.nats_api import FULL, EngineError
 from dsmq.store.rules import NO_RULES, decode_rules, encode_rules
 
 if TYPE_CHECKING:
     from dsmq.store.nats_mirror import Mirror
+    from dsmq.store.nats_stream import Stream
     from dsmq.store.sqlite import MirrorStore
 
 # How long to try to write rules, and how long a reload waits for that.

@@ -6,6 +6,8 @@ Subjects, if the stream is called `dsmq`:
     dsmq.genesis        the epoch: the first message of a stream, which never expires
     dsmq.facts.<part>   the numbers of the topics' last messages as of an id, for servers that start later
     dsmq.facts.purge    names and patterns of topics: mirrors delete all messages before this one
+    dsmq.facts.jobs     changes of groups of workers, which mirrors make only if they still apply
+    dsmq.facts.groups   the state of all groups: as of which id, and the ids of its parts (dsmq.facts.state)
     dsmq.facts.rules    what topics keep from here on; the last one never expires
 
 This module uses the official client; see `nats_connection` for the requests that must be fast.
@@ -33,8 +35,18 @@ from nats.aio.client import Client
 from nats.errors import Error as NATSError
 from nats.errors import NoRespondersError
 
-from dsmq.errors import DSMQError, StartupError
+from dsmq.errors import StartupError
 from dsmq.store.api import Limits
+from dsmq.store.nats_api import (
+    FULL,
+    MESSAGE_NOT_FOUND,
+    NEVER_EXPIRES,
+    NO_RESPONDERS,
+    NOT_CLUSTERED,
+    NOT_ENABLED,
+    STREAM_NOT_FOUND,
+    EngineError,
+)
 from dsmq.store.nats_connection import decode_token, encode_token
 from dsmq.store.rules import NO_RULES, Rules, decode_rules
 from dsmq.system import boot_time
@@ -61,23 +73,8 @@ SOLE_LEADER_SECONDS = 3.5
 FACT_PARTS = 16
 # The max size of a message besides its body and topic.
 HEADER_BYTES = 1024
-_NEVER = {"Nats-TTL": "never"}
-
-# Error codes of JetStream.
-STREAM_NOT_FOUND, MESSAGE_NOT_FOUND, WRONG_SEQUENCE = 10059, 10037, 10071
-NO_RESPONDERS = 503
-_NOT_ENABLED, _NOT_CLUSTERED = (10039, 10035), 10074
-FULL = frozenset((10002, 10023, 10028, 10047, 10077))
 
 _logger = logging.getLogger(__name__)
-
-
-class EngineError(DSMQError):
-    """The engine refuses a request, or does not answer."""
-
-    def __init__(self, text: str, code: int = 0) -> None:
-        super().__init__(text)
-        self.code = code
 
 
 class StreamState(NamedTuple):
@@ -87,6 +84,13 @@ class StreamState(NamedTuple):
     """The engine's clock: milliseconds since 1970."""
     kept_ms: float = math.inf
     """No message was put longer ago than this; infinite if none has expired."""
+
+
+class StoredMessage(NamedTuple):
+    id: int
+    put_ms: int
+    """By the engine's clock."""
+    body: bytes
 
 
 def _is_useful(record: logging.LogRecord) -> bool:
@@ -157,7 +161,7 @@ class Stream:
         try:
             found = (await self._request(f"STREAM.INFO.{self.name}"))["config"]
         except EngineError as error:
-            if error.code in _NOT_ENABLED:
+            if error.code in NOT_ENABLED:
                 raise StartupError(f"the NATS server has JetStream disabled: {error}") from error
             if error.code != STREAM_NOT_FOUND:
                 raise
@@ -190,7 +194,7 @@ class Stream:
         try:
             config: dict[str, Any] = (await self._request(f"STREAM.CREATE.{self.name}", wanted, 10.0))["config"]
         except EngineError as error:
-            if error.code == _NOT_CLUSTERED:
+            if error.code == NOT_CLUSTERED:
                 about = f"the NATS server is not in a cluster, so store_replicas = {self._replicas} is too many"
             elif error.code in FULL:
                 about = f"the NATS servers have no room for max_stored_bytes = {self._max_bytes}: {error}"
@@ -268,7 +272,7 @@ class Stream:
             _logger.warning("the clock of NATS server %s is %s this machine's", self.leader, _difference(ahead))
 
     async def _begin_epoch(self) -> bytes:
-        headers = {"Nats-Expected-Last-Subject-Sequence": "0", **_NEVER}
+        headers = {"Nats-Expected-Last-Subject-Sequence": "0", **NEVER_EXPIRES}
         # If several servers try, the first one wins.
         with suppress(EngineError):
             await self.publish(f"{self.name}.genesis", secrets.token_hex(8).encode(), headers)
@@ -329,31 +333,43 @@ class Stream:
         for number, part in enumerate(parts):
             if part or not number:
                 body = json.dumps({"at": at, "numbers": part}).encode()
-                await self.publish(f"{self.name}.facts.{number}", body, {"Nats-Rollup": "sub", **_NEVER})
+                await self.publish(f"{self.name}.facts.{number}", body, {"Nats-Rollup": "sub", **NEVER_EXPIRES})
 
     async def write_rules(self, fact: bytes) -> int:
         """Add rules for topics to the stream; return their id. Earlier rules stay, for the messages in between."""
         # First, because the stream may be full, and may get room by these rules.
         self.rules = fact
         await self.open()
-        return await self.publish(f"{self.name}.facts.rules", fact, _NEVER)
+        return await self.publish(f"{self.name}.facts.rules", fact, NEVER_EXPIRES)
 
     # Requests
 
+    @property
+    def max_body_bytes(self) -> int:
+        return self._client.max_payload - HEADER_BYTES
+
     async def publish(self, subject: str, body: bytes, headers: dict[str, str]) -> int:
         """Publish a message, and wait until it is stored; return its id."""
-        if len(body) > self._client.max_payload - HEADER_BYTES:
+        if len(body) > self.max_body_bytes:
             raise EngineError(f"a message of {len(body)} bytes is longer than the engine accepts (max_payload)")
         return int(_parse(await self._ask(subject, body, _API_SECONDS, headers))["seq"])
 
     async def _last_of(self, subject: str) -> bytes | None:
+        found = await self.find(last_by_subj=subject)
+        return found and found.body
+
+    async def find(self, **which: object) -> StoredMessage | None:
+        """Return the message with an id (`seq`), or the last one with a subject (`last_by_subj`), if there is one."""
         try:
-            found = await self._request(f"STREAM.MSG.GET.{self.name}", {"last_by_subj": subject})
+            found = (await self._request(f"STREAM.MSG.GET.{self.name}", which))["message"]
         except EngineError as error:
             if error.code == MESSAGE_NOT_FOUND:
                 return None
             raise
-        return base64.b64decode(found["message"].get("data", ""))
+        return StoredMessage(found["seq"], _milliseconds(found["time"]), base64.b64decode(found.get("data", "")))
+
+    async def purge(self, subject: str, below: int) -> None:
+        await self._request(f"STREAM.PURGE.{self.name}", {"filter": subject, "seq": below})
 
     async def _request(self, what: str, body: object = None, seconds: float = _API_SECONDS) -> dict[str, Any]:
         data = b"" if body is None else json.dumps(body).encode()

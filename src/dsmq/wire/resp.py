@@ -274,6 +274,18 @@ def encode_option(name: bytes, value: int) -> bytes:
     return b"$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(digits), digits)
 
 
+def encode_take(words: bytes, options: Sequence[bytes], token: bytes) -> bytes:
+    """Encode a TAKE of an encoded topic, group and lease, and encoded options of two words each."""
+    parts = 6 + 2 * len(options), words, b"".join(options), len(token), token
+    return b"*%d\r\n$4\r\nTAKE\r\n%b%b$5\r\nTOKEN\r\n$%d\r\n%b\r\n" % parts
+
+
+def encode_settlement(verb: bytes, key: bytes, message_id: int, attempt: int, words: Sequence[bytes]) -> bytes:
+    """Encode a DONE, RETURN or EXTEND; `key` is the encoded topic and group."""
+    parts = encode_bulk(b"%d" % message_id), encode_bulk(b"%d" % attempt), b"".join(map(encode_bulk, words))
+    return b"*%d\r\n$%d\r\n%b\r\n%b%b%b%b" % (5 + len(words), len(verb), verb, key, *parts)
+
+
 def encode_simple(text: str) -> bytes:
     return b"+%b\r\n" % text.encode()
 

@@ -1,0 +1,21 @@
+"""What messages to JetStream, and its answers, have in common: headers, and codes of errors."""
+
+from __future__ import annotations
+
+from dsmq.errors import DSMQError
+
+# The header of a message that max_age spares.
+NEVER_EXPIRES = {"Nats-TTL": "never"}
+
+STREAM_NOT_FOUND, MESSAGE_NOT_FOUND, WRONG_SEQUENCE = 10059, 10037, 10071
+NO_RESPONDERS = 503
+NOT_ENABLED, NOT_CLUSTERED = (10039, 10035), 10074
+FULL = frozenset((10002, 10023, 10028, 10047, 10077))
+
+
+class EngineError(DSMQError):
+    """The engine refuses a request, or does not answer."""
+
+    def __init__(self, text: str, code: int = 0) -> None:
+        super().__init__(text)
+        self.code = code

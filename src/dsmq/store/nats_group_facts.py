@@ -1,0 +1,171 @@
+"""Publishes facts about groups of workers, and applies those of all servers in the order of the stream."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import secrets
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from dsmq.errors import JobLost, StoreFailed, TooBig, Unsure
+from dsmq.store.group import GroupCounts, Receipt
+from dsmq.store.nats_group_plan import Refused, SharedGroup, apply_plan, as_bytes, as_text, encode_fact
+from dsmq.store.selection import Selection
+
+if TYPE_CHECKING:
+    from dsmq.store.api import Outcome
+    from dsmq.store.groups import Source
+    from dsmq.store.nats import NATSStore
+    from dsmq.store.sqlite import MirrorStore
+
+Key = tuple[bytes, bytes]
+"""A topic or pattern, and a group."""
+Call = Callable[[Exception | None], None]
+
+
+class GroupFacts:
+    """What applies facts to the state of all groups, which nothing else changes, as part of them."""
+
+    lock: threading.Lock
+    on_available: Callable[[Key], None]
+    _source: Source
+    _groups: dict[Key, SharedGroup]
+    _memory: int
+    _base: GroupCounts
+    _forget: Callable[..., None]
+    _count_memory: Callable[..., None]
+    # What a store without an engine does at once.
+    _done: Callable[..., object]
+    _give_back: Callable[..., object]
+    _extend: Callable[..., object]
+
+    def __init__(self, engine: NATSStore) -> None:
+        self._engine = engine
+        # What to call with the outcome of each fact under way.
+        self._pending: dict[str, Call] = {}
+        self._own, self._numbers = secrets.token_hex(6), itertools.count(1)
+        self.as_of = 0
+        """Facts up to this id are part of the state that was loaded."""
+
+    def begin(self, source: MirrorStore) -> None:
+        """Forget all groups, because the stream is mirrored from its start."""
+        with self.lock:
+            for group in self._groups.values():
+                self._base.add(group.counts)
+            self._source, self._groups, self._memory, self.as_of = source, {}, 0, 0
+            pending, self._pending = self._pending, {}
+        for call in pending.values():
+            call(Unsure("the mirror begins again; it may or may not have happened"))
+
+    def now(self) -> int:
+        return self._source.now()
+
+    def copy_groups(self) -> list[SharedGroup]:
+        return list(self._groups.values())
+
+    def load_groups(self, groups: Iterable[SharedGroup], as_of: int) -> None:
+        """Begin with the state as of an id, in place of that before the stream's first message."""
+        with self.lock:
+            self._groups = {(group.key, group.name): group for group in groups}
+            self.as_of = as_of
+            for group in self._groups.values():
+                self._count_memory(group)
+
+    def begin_counts(self) -> None:
+        """Count jobs from here on, because the mirror is complete."""
+        for group in self._groups.values():
+            self._base.add(group.counts, -1)
+
+    def _publish(self, call: Call, what: str, key: Key, *values: object) -> None:
+        """Publish a fact; call this with None once it is applied, or with the reason why it is not."""
+        name = f"{self._own}.{next(self._numbers)}"
+        fact = encode_fact(name, what, *map(as_text, key), *values)
+        self._pending[name] = call
+        if len(fact) > self._engine.max_message_bytes:
+            self._finish(name, TooBig("too many jobs at once"))
+            return
+        stored: Future[list[Outcome]] = Future()
+        stored.add_done_callback(partial(self._on_stored, name))
+        try:
+            self._engine.publish_job_fact(fact, stored)
+        except StoreFailed as error:
+            self._finish(name, error)
+
+    def _on_stored(self, name: str, stored: Future[list[Outcome]]) -> None:
+        outcome = stored.exception() or stored.result()[0]
+        if isinstance(outcome, Exception):
+            self._finish(name, outcome)
+
+    def _finish(self, name: str, error: Exception | None) -> None:
+        if call := self._pending.pop(name, None):
+            call(error)
+
+    def apply(self, body: bytes, message_id: int, age_ms: int) -> None:
+        """Apply a fact. Raises ValueError and others if it can't be read."""
+        if message_id <= self.as_of:
+            return
+        name, what, *names = json.loads(body)
+        key, values = (as_bytes(names[0]), as_bytes(names[1])), names[2:]
+        error: Exception | None = None
+        try:
+            self._apply(what, key, values, message_id, age_ms)
+        except (Refused, JobLost) as refused:
+            error = refused
+        except Exception:
+            error = StoreFailed("a defect in the server; see its log")
+            raise
+        finally:
+            self._finish(name, error)
+
+    def _apply(self, what: str, key: Key, values: list[Any], message_id: int, age_ms: int) -> None:
+        match what:
+            case "take":
+                self._apply_take(key, values, message_id, age_ms)
+            case "done":
+                self._done(*key, [Receipt(*one) for one in values[0]])
+            case "return":
+                self._give_back(*key, Receipt(*values[:2]), max(0, values[2] - age_ms))
+            case "extend":
+                self._extend(*key, Receipt(*values[:2]), max(0, values[2] - age_ms))
+            case "end" | "remove" | "forget":
+                self._apply_end(what, key, values)
+        with self.lock:
+            if group := self._groups.get(key):
+                group.changed_by, group.used_at = message_id, self._source.now() - age_ms
+                if what in ("return", "extend", "end") and (job := group.jobs.get(values[0])):
+                    job.version = message_id
+                self._count_memory(group)
+
+    def _apply_take(self, key: Key, values: list[Any], message_id: int, age_ms: int) -> None:
+        with self.lock:
+            now = self._source.now()
+            group = self._groups.get(key) or SharedGroup(*key, Selection([key[0]]), now)
+            due = group.next_due
+            apply_plan(group, values, message_id, now, age_ms)
+            self._groups[key] = group
+        if due is None or (group.next_due or due) < due:
+            # Other waiting workers have to try again when these leases end.
+            self.on_available(key)
+
+    def _apply_end(self, what: str, key: Key, values: list[Any]) -> None:
+        with self.lock:
+            group = self._groups.get(key)
+            if group is None or (what == "forget" and group.changed_by != values[0]):
+                raise Refused
+            if what == "forget":
+                self._forget(key, group)
+                return
+            if group.unfit([(values[0], values[1])]):
+                raise Refused
+            job = group.jobs[values[0]]
+            if what == "end":
+                group.put_back(job, self._source.now())
+            else:
+                group.remove(job)
+                setattr(group.counts, values[2], getattr(group.counts, values[2]) + 1)
+        if what == "remove":
+            self.on_available(key)

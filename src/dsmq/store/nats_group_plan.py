@@ -1,0 +1,247 @@
+"""Changes to groups of workers that a server plans, and all mirrors make once they have them from the stream.
+
+A planned change is written to the stream as a fact, in JSON. It names its result, and the state that it was planned
+for: the group's position, and the version of each job that it changes. A mirror makes a change only if both still
+apply, so if two servers plan to give the same job, the fact that the stream has first wins on all mirrors. No clock
+and no message body matters to that.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dsmq.store.group import FAILED, READY, Group, HeldJob, Receipt
+
+if TYPE_CHECKING:
+    from dsmq.store.groups import Take
+
+# The bytes that a job takes in a fact, without its topic; each byte of a name may take several.
+_JOB_BYTES, _NAME_FACTOR = 80, 6
+# Max jobs in a fact, whatever the engine accepts.
+_MAX_JOBS = 500
+
+Version = tuple[int, int]
+"""The id of a job, and its version."""
+
+
+class Refused(Exception):
+    """A fact no longer applies."""
+
+
+def as_text(name: bytes) -> str:
+    return name.decode(errors="surrogateescape")
+
+
+def as_bytes(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")
+
+
+def encode_fact(*values: object) -> bytes:
+    return json.dumps(values, separators=(",", ":")).encode()
+
+
+@dataclass(slots=True)
+class SharedGroup(Group):
+    """A group as the facts describe it. Only when a lease ends is a matter of this server's clock."""
+
+    changed_by: int = 0
+    """The id of the last fact about the group."""
+    searched: int = 0
+    """Up to this id, there are no messages to give after `position`."""
+
+    def pop_ready(self) -> HeldJob | None:
+        """Return the oldest job to be given again, if there is one, and hide it until `push_ready`."""
+        job = self.next_ready()
+        if job is not None:
+            heapq.heappop(self._ready)
+        return job
+
+    def push_ready(self, jobs: Iterable[HeldJob]) -> None:
+        for job in jobs:
+            if self.jobs.get(job.id) is job and job.until == READY:
+                heapq.heappush(self._ready, job.id)
+
+    def postpone(self, job: HeldJob, until: int) -> None:
+        """Try again at this time to move a failed job to its topic."""
+        self._await(job, until)
+
+    def _fail(self, job: HeldJob) -> None:
+        # Until all servers know, its worker may finish it.
+        job.until = FAILED
+        self.failed.append(job)
+
+    def unfit(self, versions: Iterable[Version]) -> bool:
+        """Return whether any of these jobs is done, or has changed."""
+        return any((job := self.jobs.get(one)) is None or job.version != version for one, version in versions)
+
+
+@dataclass(slots=True)
+class _Given:
+    """The jobs for one request."""
+
+    request: Take
+    new: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
+    """By topic: id, number in the topic, and how many messages the topic has dropped."""
+    again: list[Version] = field(default_factory=list)
+    repeated: list[Version] = field(default_factory=list)
+    """Jobs that were given for an earlier request with the same token."""
+
+    def values(self) -> list[object]:
+        request = self.request
+        return [as_text(request.token), request.worker, request.lease_ms, self.new, self.again, self.repeated]
+
+
+@dataclass(slots=True)
+class Plan(Group):
+    """A group to give jobs from, without changing it: records what would be changed."""
+
+    group: SharedGroup = field(kw_only=True)
+    max_jobs: int = field(kw_only=True)
+    is_use: bool = False
+    """Whether to publish it even if it changes nothing, because the group would be forgotten otherwise."""
+    _given: list[_Given] = field(default_factory=list)
+    _skipped: list[tuple[str, int, int]] = field(default_factory=list)
+    _expired: list[Version] = field(default_factory=list)
+    _popped: dict[int, HeldJob] = field(default_factory=dict)
+    _planned: int = 0
+
+    @classmethod
+    def of(cls, group: SharedGroup, max_fact_bytes: int, max_topic_bytes: int) -> Plan:
+        job_bytes = _JOB_BYTES + (_NAME_FACTOR * max_topic_bytes if group.selection.patterns else 0)
+        return cls(
+            *(group.key, group.name, group.selection, group.used_at, max(group.position, group.searched)),
+            group=group,
+            jobs=group.jobs,
+            max_jobs=max(1, min(_MAX_JOBS, max_fact_bytes // job_bytes)),
+        )
+
+    @property
+    def size(self) -> int:
+        return len(self.jobs) + self._planned
+
+    @property
+    def has_changes(self) -> bool:
+        return bool(self.is_use or self._planned or self._skipped or self._expired or any(map(_is_any, self._given)))
+
+    @property
+    def tokens(self) -> set[bytes]:
+        return {given.request.token for given in self._given}
+
+    def begin(self, request: Take) -> Take:
+        """Record jobs for this request from now on; return it with the number of jobs for which there is room."""
+        self._given.append(_Given(request))
+        return request._replace(max_jobs=min(request.max_jobs, self.room))
+
+    @property
+    def room(self) -> int:
+        """How many more jobs the fact may contain."""
+        taken = sum([sum(map(len, one.new.values())) + len(one.again) + len(one.repeated) for one in self._given])
+        return max(0, self.max_jobs - taken)
+
+    def fact(self) -> tuple[object, ...]:
+        given = [one.values() for one in self._given if _is_any(one)]
+        return self.group.position, self.position, given, self._skipped, self._expired
+
+    def release(self) -> None:
+        """Make the jobs that were planned to be given again available, as far as they have not been given."""
+        self.group.push_ready(self._popped.values())
+
+    # What `Groups` does with a group
+
+    def repeat(self, token: bytes) -> list[HeldJob]:
+        return list(map(_copy, self.group.repeat(token)))
+
+    def next_ready(self) -> HeldJob | None:
+        while (job := self.group.pop_ready()) is not None:
+            # It is there twice if its lease was extended after its end.
+            if job.id not in self._popped:
+                self._popped[job.id] = job
+                return _copy(job)
+        return None
+
+    def count_until(self, topic: bytes, number: int, dropped: int) -> None:
+        self._skipped.append((as_text(topic), number, dropped))
+
+    def add(self, message_id: int, topic: bytes) -> HeldJob:
+        name, number, dropped = self._skipped.pop()
+        self._given[-1].new.setdefault(name, []).append((message_id, number, dropped))
+        self._planned += 1
+        return HeldJob(message_id, topic)
+
+    def give(self, job: HeldJob, until: int, now: int, token: bytes, worker: str) -> None:  # noqa: ARG002
+        if job.attempt:
+            self._given[-1].again.append((job.id, job.version))
+        job.attempt += 1
+
+    def extend(self, job: HeldJob, until: int) -> None:  # noqa: ARG002
+        self._given[-1].repeated.append((job.id, job.version))
+
+    def remove(self, job: HeldJob) -> None:
+        self._expired.append((job.id, job.version))
+
+
+def _is_any(given: _Given) -> bool:
+    return bool(given.new or given.again or given.repeated)
+
+
+def _copy(job: HeldJob) -> HeldJob:
+    return HeldJob(job.id, job.topic, job.attempt, version=job.version)
+
+
+def apply_plan(group: SharedGroup, fact: list[Any], message_id: int, now: int, age_ms: int) -> None:
+    """Make the changes of a plan, whose fact has this id and is this old. Raises Refused."""
+    position, reached, given, skipped, expired = fact
+    gone = {one for one, _ in expired}
+    tokens = [as_bytes(token) for token, *_ in given if token]
+    if (
+        group.position != position
+        or group.unfit(expired)
+        or any(group.unfit(again) or group.unfit(repeated) for *_, again, repeated in given)
+        or len(tokens) != len(set(tokens))
+        or any(_conflicts(group, one, gone) for one in given)
+    ):
+        raise Refused
+    for one in gone:
+        group.remove(group.jobs[one])
+    group.counts.expired += len(gone)
+    for topic, number, dropped in skipped:
+        group.count_until(as_bytes(topic), number, dropped)
+    for one in given:
+        for job in _apply_given(group, one, now, age_ms):
+            job.version = message_id
+    group.position = reached
+
+
+def _conflicts(group: SharedGroup, given: list[Any], gone: set[int]) -> bool:
+    """Return whether an earlier request with the same token has jobs that this one does not repeat."""
+    repeated = {one for one, _ in given[-1]} | gone
+    return any(job.id not in repeated for job in group.repeat(as_bytes(given[0])))
+
+
+def _apply_given(group: SharedGroup, given: list[Any], now: int, age_ms: int) -> list[HeldJob]:
+    token, worker, lease_ms, new, again, repeated = given
+    until, since = now + max(0, lease_ms - age_ms), max(0, now - age_ms)
+    jobs = []
+    # In the order of ids, like all jobs of a group.
+    for message_id, number, dropped, topic in sorted((*one, topic) for topic, found in new.items() for one in found):
+        name = as_bytes(topic)
+        group.count_until(name, number, dropped)
+        jobs.append(group.add(message_id, name))
+    group.counts.repeated += len(again)
+    jobs += [group.jobs[one] for one, _ in again]
+    # In the order in which they are returned if the request is repeated.
+    for job in sorted(jobs, key=lambda job: job.id):
+        group.give(job, until, since, as_bytes(token), worker)
+    for one, _ in repeated:
+        group.extend(group.jobs[one], until)
+        jobs.append(group.jobs[one])
+    return jobs
+
+
+def is_known(group: Group | None, receipt: Receipt) -> bool:
+    """Return whether a worker with this receipt has done the job."""
+    return group is not None and group.done.get(receipt.id) == receipt.attempt

@@ -1,0 +1,135 @@
+"""Faults while workers share jobs over two servers, and in the NATS nodes that keep them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from chaos.cluster import Cluster, frozen
+from chaos.cluster_scenarios import break_often, freeze, kill_node
+from chaos.job_scenarios import GROUPS, MAX_ATTEMPTS, working
+from chaos.stage import Stage
+
+# How long a worker waits for a reply: longer than an election takes.
+PATIENCE_SECONDS = 20.0
+# After waiting this long for a reply, it tries the next server.
+HASTE_SECONDS = 2.0
+
+
+@contextmanager
+def sharing(
+    stage: Stage,
+    cluster: Cluster,
+    *ports: int,
+    timeout: float = PATIENCE_SECONDS,
+    groups: Sequence[tuple[str, str]] = GROUPS,
+    **about: object,
+) -> Iterator[None]:
+    with working(stage, *(ports or cluster.ports), groups=groups, timeout=timeout, **about):
+        yield
+        cluster.await_engine()
+        cluster.await_servers()
+        stage.pause(1, 0.3)
+
+
+def shared_workers(stage: Stage) -> None:
+    """No faults but those of workers that return jobs, forget them, or take longer than their lease."""
+    cluster = stage.cluster()
+    with sharing(stage, cluster):
+        stage.pause(3, 1)
+
+
+def workers_and_servers_killed(stage: Stage) -> None:
+    """A server is killed, and started again."""
+    cluster = stage.cluster()
+    # A request that was sent to a server that dies may be under way.
+    with sharing(stage, cluster):
+        for _ in range(stage.size(3, 2)):
+            stage.pause(1.5, 0.7)
+            server = stage.random.choice(cluster.servers)
+            stage.fault("server killed")
+            server.kill()
+            stage.pause(1.5, 0.5)
+            server.start()
+
+
+def workers_and_servers_restarted(stage: Stage) -> None:
+    """Servers are stopped and started, one after another, and both at once."""
+    cluster = stage.cluster()
+    with sharing(stage, cluster):
+        for servers in (cluster.servers[:1], cluster.servers[1:], cluster.servers)[:: stage.size(1, 2)]:
+            stage.pause(1.5, 0.7)
+            for server in servers:
+                stage.fault("server restarted")
+                server.stop()
+            for server in servers:
+                server.start()
+
+
+def workers_and_leaders_killed(stage: Stage) -> None:
+    """The stream's leader is killed, and started again."""
+    cluster = stage.cluster()
+    with sharing(stage, cluster):
+        for _ in range(stage.size(2, 1)):
+            stage.pause(1.5, 0.7)
+            kill_node(stage, cluster, leader=True)
+
+
+def workers_and_nodes_frozen(stage: Stage) -> None:
+    """The leader is suspended, for less and for more time than an election takes."""
+    cluster = stage.cluster()
+    with sharing(stage, cluster):
+        for seconds in stage.size((4, 12), (3,)):
+            stage.pause(1, 0.7)
+            stage.fault("node frozen")
+            with frozen(cluster.engine.leader()):
+                time.sleep(seconds)
+            cluster.await_engine()
+
+
+def workers_and_servers_frozen(stage: Stage) -> None:
+    """A server is suspended for longer than leases last, and than workers wait for a reply."""
+    cluster = stage.cluster()
+    stage.history.has_holes = True
+    with sharing(stage, cluster, timeout=HASTE_SECONDS):
+        for server in cluster.servers[: stage.size(2, 1)]:
+            stage.pause(1, 0.7)
+            freeze(stage, server.daemon.signal, 5)
+
+
+def workers_move(stage: Stage) -> None:
+    """Workers' connections are reset at random bytes, and they repeat their requests at other servers."""
+    cluster = stage.cluster()
+    proxies = [stage.proxy(port) for port in cluster.ports]
+    with sharing(stage, cluster, *(proxy.port for proxy in proxies)):
+        for proxy in proxies:
+            break_often(stage, proxy, cluster.ports)
+            proxy.reset_all()
+        stage.pause(6, 2)
+        for proxy in proxies:
+            proxy.disarm()
+        stage.pause(1, 0.3)
+
+
+def shared_workers_that_fail(stage: Stage) -> None:
+    """Jobs that are given too often go to the topic for failed jobs, while servers are killed."""
+    cluster = stage.cluster(max_attempts=MAX_ATTEMPTS)
+    stage.history.max_attempts = MAX_ATTEMPTS
+    ratios = {"return": 0.5, "late": 0.02, "forget": 0.01}
+    with sharing(stage, cluster, groups=GROUPS[2:], ratios=ratios):
+        for _ in range(stage.size(2, 1)):
+            stage.pause(1.5, 0.7)
+            server = stage.random.choice(cluster.servers)
+            stage.fault("server killed")
+            server.kill()
+            server.start()
+
+
+SHARED_JOB_SCENARIOS: dict[str, Callable[[Stage], None]] = {
+    run.__name__: run
+    for run in (
+        *(shared_workers, workers_and_servers_killed, workers_and_servers_restarted, workers_and_leaders_killed),
+        *(workers_and_nodes_frozen, workers_and_servers_frozen, workers_move, shared_workers_that_fail),
+    )
+}

@@ -1,0 +1,363 @@
+"""Servers that share groups of workers over a log, without an engine: random requests, delays, losses and restarts."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+
+from dsmq.errors import JobLost, ReplyError, StoreFailed, Unsure
+from dsmq.store.api import Mirrored, Outcome, Put
+from dsmq.store.group import Receipt
+from dsmq.store.groups import GroupLimits, Job, Take
+from dsmq.store.nats_group_state import copy_state, load_state
+from dsmq.store.nats_groups import NATSGroups
+from dsmq.store.selection import Selection
+from dsmq.store.sqlite import MirrorStore
+
+KEY, GROUP = b"t/*", b"w"
+TOPICS = (b"t/1", b"t/2")
+MAX_AGE_MS = 1_000_000
+SERVERS, STEPS, MAX_ATTEMPTS = 3, 400, 4
+LEASES = (50, 300, 2_000)
+
+Entry = bytes | Put
+"""A fact about groups, or a message."""
+
+
+@dataclass
+class Log:
+    """The stream, which all servers agree on."""
+
+    entries: list[tuple[Entry, int]] = field(default_factory=list)
+    """Each with the time when it was stored."""
+    keys: dict[tuple[bytes, int], int] = field(default_factory=dict)
+    now: int = 10_000
+
+    def add(self, entry: Entry) -> int:
+        """Store an entry; return its id."""
+        key = entry[2] if isinstance(entry, tuple) else None
+        if key in self.keys:
+            return self.keys[key]
+        self.entries.append((entry, self.now))
+        if key is not None:
+            self.keys[key] = len(self.entries)
+        return len(self.entries)
+
+
+class FakeServer:
+    """A server, and its connection to the log."""
+
+    max_message_bytes = 100_000
+
+    def __init__(self, log: Log, chance: random.Random) -> None:
+        self.log, self.chance = log, chance
+        self.clock_ahead = chance.randrange(10**6)
+        self.store = self._new_store()
+        self.groups = NATSGroups(self)  # type: ignore[arg-type]
+        self.groups.begin(self.store)
+        self.groups.limits = GroupLimits(max_attempts=MAX_ATTEMPTS, max_jobs_in_flight=8)
+        self.position = 0
+        self.posted: list[Callable[[], object]] = []
+        self.sent: list[tuple[Entry, Future[list[Outcome]]]] = []
+        self.fresh: list[tuple[int, Callable[[Exception | None], None]]] = []
+
+    def _new_store(self) -> MirrorStore:
+        store = MirrorStore(MAX_AGE_MS)
+        store._clock = lambda: self.log.now + self.clock_ahead
+        return store
+
+    # What groups need of a store
+
+    def publish_job_fact(self, fact: bytes, answer: Future[list[Outcome]]) -> None:
+        self.sent.append((fact, answer))
+
+    def append(self, puts: Sequence[Put]) -> Future[list[Outcome]]:
+        answer: Future[list[Outcome]] = Future()
+        self.sent.append((puts[0], answer))
+        return answer
+
+    def when_fresh(self, call: Callable[[Exception | None], None]) -> None:
+        self.fresh.append((len(self.log.entries), call))
+
+    def post(self, call: Callable[[], object]) -> None:
+        self.posted.append(call)
+
+    # Steps
+
+    def deliver(self, *, safely: bool = False) -> None:
+        """Store a fact that was sent, or lose it, or its acknowledgement."""
+        if not self.sent:
+            return
+        # Batches are in order, but an attempt without an outcome may be stored later.
+        entry, answer = self.sent.pop(0)
+        fate = 1.0 if safely else self.chance.random()
+        if fate < 0.03:
+            answer.set_exception(StoreFailed("lost"))
+        elif fate < 0.06:
+            answer.set_exception(Unsure("lost"))
+            if self.chance.random() < 0.5:
+                self.late.append(entry)
+        elif fate < 0.09:
+            # A new leader repeats what the last one began.
+            answer.set_result([self.log.add(entry)])
+            self.log.add(entry)
+        else:
+            answer.set_result([self.log.add(entry)])
+
+    @property
+    def late(self) -> list[Entry]:
+        return self.__dict__.setdefault("_late", [])
+
+    def fold(self, count: int) -> None:
+        """Apply the next entries of the log."""
+        for entry, stored_at in self.log.entries[self.position : self.position + count]:
+            self.position += 1
+            # Live: it is as old as it is here. Otherwise, by the engine's clock.
+            age_ms = self.log.now - stored_at if self.is_late else 0
+            if isinstance(entry, bytes):
+                self.groups.apply(entry, self.position, age_ms)
+                self.store.apply([], self.position)
+            else:
+                self.store.apply([Mirrored(self.position, entry, age_ms)], self.position)
+        ready = [call for at, call in self.fresh if at <= self.position]
+        self.fresh = [one for one in self.fresh if one[0] > self.position]
+        for call in ready:
+            call(None)
+
+    is_late = False
+
+    def run_posted(self) -> None:
+        posted, self.posted = self.posted, []
+        for call in posted:
+            call()
+
+    def restart(self, source: FakeServer) -> None:
+        """Start again with the state that another server has written."""
+        for _, answer in self.sent:
+            answer.set_exception(Unsure("killed"))
+        self.sent, self.posted, self.fresh = [], [], []
+        self.store = self._new_store()
+        self.clock_ahead = self.chance.randrange(10**6)
+        self.groups = NATSGroups(self)  # type: ignore[arg-type]
+        self.groups.begin(self.store)
+        self.groups.limits = source.groups.limits
+        rows = [*copy_state(source.groups.copy_groups(), source.groups.now())]
+        self.groups.load_groups(load_state([b"\n".join(rows)] if rows else [], self.groups.now(), 0), source.position)
+        self.position, self.is_late = 0, True
+        self.fold(len(self.log.entries))
+        self.is_late = False
+
+    def view(self) -> list[Any]:
+        return [
+            (
+                *(group.key, group.name, group.position, group.changed_by, list(group.done.items()), group.numbers),
+                group.counts.taken,
+                sorted(
+                    (job.id, job.topic, job.attempt, job.is_held, job.token, job.version) for job in group.jobs.values()
+                ),
+            )
+            for group in self.groups._groups.values()
+        ]
+
+
+@dataclass
+class Held:
+    job: Job
+    sent: int
+    lease_ms: int
+    until: int
+    """As far as the worker knows."""
+
+
+class World:
+    """Servers and their workers, with what is true of the jobs."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.log = Log()
+        self.servers = [FakeServer(self.log, self.chance) for _ in range(SERVERS)]
+        self.held: list[Held] = []
+        self.given: dict[tuple[int, int], bytes] = {}
+        self.ends: dict[int, int] = {}
+        """Until when the last worker of a job has it for itself."""
+        self.put_ids: set[int] = set()
+        self.done: dict[int, int] = {}
+        self.tokens = 0
+        self.answers = Counter[str]()
+        self.violations: list[AssertionError] = []
+        self.counts: dict[bytes, int] = {}
+        """How many jobs were requested, by token."""
+
+    def step(self) -> None:
+        chance, server = self.chance, self.chance.choice(self.servers)
+        self.log.now += chance.choice((0, 1, 5, 40))
+        steps: list[Callable[[], object]] = [
+            *[self._put] * 2,
+            *[lambda: self.take(server)] * 5,
+            *[lambda: self.settle(server)] * 4,
+            *[server.deliver] * 8,
+            *[lambda: server.fold(chance.randint(1, 5))] * 8,
+            *[server.run_posted] * 6,
+            server.groups.expire,
+            lambda: [self.log.add(server.late.pop()) for _ in server.late[:1]],
+        ]
+        if chance.random() < 0.01:
+            server.restart(chance.choice([one for one in self.servers if one is not server]))
+        chance.choice(steps)()
+        for group in server.groups._groups.values():
+            for token, receipts in group._tokens.items():
+                assert len(receipts) <= self.counts[token], "a repeated request gets other jobs"
+
+    def _put(self) -> None:
+        self.put_ids.add(self.log.add((self.chance.choice(TOPICS), b"x", None)))
+
+    def take(self, server: FakeServer, token: bytes = b"") -> None:
+        if not token:
+            self.tokens += 1
+            token = b"%d" % self.tokens
+        lease, sent = self.chance.choice(LEASES), self.log.now
+        count = self.counts.setdefault(token, self.chance.choice((1, 1, 3)))
+        if self.chance.random() < 0.1:
+            # The client has moved to another server, and the first one is still at work.
+            self.chance.choice(self.servers).post(lambda: self.take(self.chance.choice(self.servers), token))
+        request = Take(KEY, GROUP, Selection([KEY]), count, 1000, lease, token, "w")
+        self._when_answered(lambda: server.groups.take(request), partial(self._on_taken, server, token, sent, lease))
+
+    def _when_answered(self, ask: Callable[[], Any], check: Callable[[Any], None]) -> None:
+        def call(result: Any) -> None:
+            try:
+                check(result)
+            except AssertionError as error:
+                # A future ignores it.
+                self.violations.append(error)
+
+        try:
+            answer = ask()
+        except ReplyError as error:
+            call(error)
+            return
+        if isinstance(answer, Future):
+            answer.add_done_callback(lambda done: call(done.exception() or done.result()))
+        else:
+            call(answer)
+
+    def _on_taken(self, server: FakeServer, token: bytes, sent: int, lease: int, found: Any) -> None:
+        if isinstance(found, Unsure) and self.chance.random() < 0.7:
+            # Again, perhaps at another server.
+            self.chance.choice(self.servers).post(lambda: self.take(self.chance.choice(self.servers), token))
+        for job in [] if isinstance(found, Exception) else found or []:
+            self.answers["taken"] += 1
+            receipt = job.id, job.attempt
+            assert self.given.setdefault(receipt, token) == token, "two workers have the same attempt"
+            # The answer may arrive late.
+            assert self.done.get(job.id, job.attempt) >= job.attempt, "given although done"
+            assert job.attempt <= MAX_ATTEMPTS
+            others = [one for one in self.held if one.job.id == job.id]
+            for other in others:
+                if other.job.attempt < job.attempt:
+                    assert other.until <= self.log.now, "given within the lease of another worker"
+                    self.held.remove(other)
+                elif other.job.attempt == job.attempt:
+                    self.held.remove(other)
+            self.held.append(Held(job, sent, lease, sent + lease))
+
+    def settle(self, server: FakeServer) -> None:
+        if not self.held:
+            return
+        held = self.chance.choice(self.held)
+        receipt = Receipt(held.job.id, held.job.attempt)
+        verb = self.chance.choice(("done", "done", "done", "return", "extend"))
+        groups, began = server.groups, self.log.now
+        if verb == "done":
+            self._when_answered(lambda: groups.done(KEY, GROUP, [receipt]), partial(self._on_done, held, began))
+        elif verb == "return":
+            held.until = 0
+            delay = self.chance.choice((0, 100))
+            self._when_answered(lambda: groups.give_back(KEY, GROUP, receipt, delay), partial(self._on_returned, held))
+        else:
+            lease = self.chance.choice(LEASES)
+            held.until = min(held.until, began + lease)
+            self._when_answered(
+                lambda: groups.extend(KEY, GROUP, receipt, lease), partial(self._on_extended, held, began + lease)
+            )
+
+    def _on_done(self, held: Held, began: int, error: Any) -> None:
+        if error is None:
+            self.answers["done"] += 1
+            assert self.done.setdefault(held.job.id, held.job.attempt) == held.job.attempt, "done twice"
+        elif isinstance(error, JobLost) and not any(one is held and held.until > self.log.now for one in self.held):
+            self.answers["lost"] += 1
+        if error is None or isinstance(error, JobLost):
+            self._forget(held)
+        else:
+            # It may be done.
+            held.until = 0
+
+    def _on_returned(self, held: Held, error: Any) -> None:
+        if error is None or isinstance(error, JobLost):
+            self._forget(held)
+
+    def _on_extended(self, held: Held, until: int, error: Any) -> None:
+        if error is None and held.until:
+            held.until = max(held.until, 0) and until
+        elif isinstance(error, JobLost):
+            self._forget(held)
+
+    def _forget(self, held: Held) -> None:
+        self.held = [one for one in self.held if one is not held]
+
+    def settle_all(self) -> None:
+        """Let all servers have everything."""
+        for _ in range(50):
+            for server in self.servers:
+                while server.sent:
+                    server.deliver(safely=True)
+                server.fold(len(self.log.entries))
+                server.run_posted()
+
+    def drain(self) -> None:
+        for _ in range(300):
+            self.settle_all()
+            self.log.now += 1000
+            for server in self.servers:
+                server.groups.expire()
+            self.take(self.servers[0])
+            self.settle_all()
+            for held in [*self.held]:
+                receipt = Receipt(held.job.id, held.job.attempt)
+                done = partial(self.servers[1].groups.done, KEY, GROUP, [receipt])
+                self._when_answered(done, partial(self._on_done, held, self.log.now))
+            self.settle_all()
+            if not self.servers[0].view() or not (self.servers[0].view()[0][-1] or self._is_behind()):
+                return
+
+    def _is_behind(self) -> bool:
+        return bool(self.put_ids) and self.servers[0].view()[0][2] < max(self.put_ids)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_servers_agree_and_no_job_is_held_twice_or_lost(seed: int) -> None:
+    world = World(seed)
+    for _ in range(STEPS):
+        world.step()
+    world.settle_all()
+    assert world.servers[0].view() == world.servers[1].view() == world.servers[2].view()
+    world.drain()
+    world.settle_all()
+    assert not world.violations
+    assert world.servers[0].view() == world.servers[1].view() == world.servers[2].view()
+    assert world.answers["taken"] > 10
+    assert world.answers["done"] > 10
+    failed = [entry for entry, _ in world.log.entries if isinstance(entry, tuple) and entry[0].endswith(b"/failed")]
+    [group] = world.servers[0].groups._groups.values()
+    # DONE without a reply counts too.
+    assert group.counts.done + len(failed) == group.counts.taken == len(world.put_ids)
+    assert len(world.done) <= group.counts.done
+    assert group.counts.failed == len(failed)
