@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from dsmq.broker.jobs import PendingTake, TakeQueues
@@ -108,9 +108,9 @@ def ignores_tokens() -> None:
 def gives_done_jobs() -> None:
     """A job that is done is given again."""
 
-    def finish(group: Group, receipt: Receipt) -> None:
+    def finish(group: Group, receipt: Receipt, max_done: int) -> None:
         job = group.jobs[receipt.id]
-        _finish(group, receipt)
+        _finish(group, receipt, max_done)
         if random.random() < RATIO:
             group.jobs[receipt.id] = job
             _put_back(group, job, 0)
@@ -121,8 +121,8 @@ def gives_done_jobs() -> None:
 def forgets_done_jobs() -> None:
     """DONE that is sent again finds the job lost."""
 
-    def finish(group: Group, receipt: Receipt) -> None:
-        _finish(group, receipt)
+    def finish(group: Group, receipt: Receipt, max_done: int) -> None:
+        _finish(group, receipt, max_done)
         del group.done[receipt.id]
 
     Group.finish = finish  # type: ignore[method-assign]
@@ -134,7 +134,7 @@ def shares_groups() -> None:
     Groups._find = lambda self, request, now: find(self, request._replace(group=b"workers"), now)  # type: ignore[method-assign]
     done = Groups.done
 
-    def done_in_one(self: Groups, key: bytes, _: bytes, receipts: Iterable[Receipt]) -> None:
+    def done_in_one(self: Groups, key: bytes, _: bytes, receipts: Sequence[Receipt]) -> None:
         done(self, key, b"workers", receipts)
 
     Groups.done = done_in_one  # type: ignore[method-assign]

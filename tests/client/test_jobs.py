@@ -756,6 +756,34 @@ def test_cancelled_asyncio_take_leaves_its_job_to_the_next(server: Server, mq: C
     assert texts(mq) == []
 
 
+def test_asyncio_loop_cancelled_after_any_number_of_iterations_loses_no_job(server: Server, mq: Client) -> None:
+    """Each step finishes the job before, and takes the next one."""
+
+    async def scenario(one: AsyncClient) -> None:
+        loop, got = one.work("t", lease=100 * SOON), 0
+        for iterations in itertools.count():
+            mq.put("t", str(iterations))
+            task = asyncio.create_task(anext(loop))
+            for _ in range(iterations // 2):
+                await asyncio.sleep(0)
+            is_over = task.done()
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            job = task.result() if not task.cancelled() else await anext(loop)
+            assert (job.text, job.attempt) == (str(iterations), 1)
+            got += task.cancelled()
+            if is_over:
+                break
+        assert got > 2
+        await one.done(job)
+        await loop.aclose()  # type: ignore[attr-defined]
+
+    run(server, scenario)
+    assert texts(mq) == []
+    assert mq.stats("t")["workers:done"] == mq.stats("t")["last_number"]
+
+
 def test_asyncio_loop_survives_cancelled_anext(server: Server, mq: Client) -> None:
     async def scenario(one: AsyncClient) -> None:
         loop = one.work("t")

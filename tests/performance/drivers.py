@@ -263,12 +263,14 @@ class Rabbit:
         """Let the server send jobs, one after another."""
         self.declare(topic)
         self.channel.basic_qos(prefetch_count=1)
-        for method, _, body in self.channel.consume(topic, inactivity_timeout=0.2):
-            if method is None:
-                break
-            yield body.decode()
-            self.channel.basic_ack(method.delivery_tag)
-        self.channel.cancel()
+        try:
+            for method, _, body in self.channel.consume(topic, inactivity_timeout=0.2):
+                if method is None:
+                    break
+                yield body.decode()
+                self.channel.basic_ack(method.delivery_tag)
+        finally:
+            self.channel.cancel()
 
     def close(self) -> None:
         self.connection.close()
