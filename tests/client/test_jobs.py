@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import test_signals
-from scenarios import run
+from scenarios import mq, run
 from test_requests import request
 from test_requests import requests as parsed
 from test_session import a_session
@@ -33,15 +33,12 @@ from dsmq.errors import BadRequest, ClientClosed, ConnectionLost, JobLost, Proto
 from dsmq.server import Server
 from dsmq.wire.resp import Reply
 
+# Fixtures.
+__all__ = ["mq"]
+
 Client = DSMQClientSideConnection
 PRODUCER = Producer(b"run")
 BROKEN = ConnectionResetError("broken")
-
-
-@pytest.fixture
-def mq(server: Server) -> Iterator[Client]:
-    with connect(port=server.port, retry=False) as mq:
-        yield mq
 
 
 @pytest.fixture
@@ -351,9 +348,9 @@ def test_extended_job_is_kept(mq: Client, other: Client) -> None:
     mq.extend(job, UNIT)
     assert other.take("t", timeout=SOON).attempt == 2
     mq.put("t", "y")
-    job = mq.take("t", lease=2 * UNIT)
+    job = mq.take("t", lease=10 * UNIT)
     mq.extend(job, 100 * SOON)
-    assert other.take("t", timeout=4 * UNIT) is None
+    assert other.take("t", timeout=12 * UNIT) is None
     mq.done(job)
 
 

@@ -17,21 +17,15 @@ from conftest import run_dsmq, serving
 from dsmq import aio
 from dsmq.client import connect
 from dsmq.errors import ConnectionLost
-from engine import Engine, engine
+from engine import Engine
 from helpers import HOST, SOON, UNIT, Daemon, daemon, wait_until
 
 
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with engine(tmp_path_factory.mktemp("nats"), 1) as running:
-        yield running
-
-
 @pytest.fixture
-def pair(node: Engine, request: pytest.FixtureRequest) -> Iterator[list[Daemon]]:
+def pair(shared_node: Engine, request: pytest.FixtureRequest) -> Iterator[list[Daemon]]:
     """Two servers that share a store."""
-    store = ",".join(f"{host}:{port}" for host, port in node.servers)
-    settings = {"store": f"nats://{store}", "store_stream": f"s{abs(hash(request.node.name))}", "store_replicas": 1}
+    store = ",".join(f"{host}:{port}" for host, port in shared_node.servers)
+    settings = {"store": f"nats://{store}", "store_stream": f"s{abs(hash(request.node.nodeid))}", "store_replicas": 1}
     # A stream reserves this many bytes in the engine.
     settings |= {"max_stored_bytes": 10_000_000}
     with ExitStack() as stack:

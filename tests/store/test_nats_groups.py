@@ -19,9 +19,9 @@ from dsmq.store.nats_group_plan import Refused, SharedGroup, apply_plan
 from dsmq.store.nats_group_state import read_state, write_state
 from dsmq.store.selection import Selection
 from helpers import SOON, reached, wait_until
-from store.test_nats import Stores, bodies, in_engine, node, put, read, stores, value
+from store.test_nats import Stores, bodies, in_engine, put, read, stores, value
 
-__all__ = ["node", "stores"]
+__all__ = ["stores"]
 
 W = b"workers"
 LONG, SHORT = 60_000, 100

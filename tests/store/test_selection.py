@@ -206,7 +206,7 @@ class CountingSelection(Selection):
 
 @pytest.mark.parametrize(
     ("words", "messages", "matching"),
-    [([b"t*"], 10_000, 10_000), ([b"t*7", b"t1"], 10_000, 1001), ([b"*7*"], 100_000, 34_390), ([b"x*"], 10_000, 0)],
+    [([b"t*"], 10_000, 10_000), ([b"t*7", b"t1"], 10_000, 1001), ([b"*7*"], 20_000, 6_878), ([b"x*"], 10_000, 0)],
 )
 def test_one_call_looks_at_few_rows_and_topics(
     monkeypatch: pytest.MonkeyPatch, words: list[bytes], messages: int, matching: int
@@ -230,7 +230,7 @@ def test_reader_after_long_wait_scans_no_messages_of_other_topics() -> None:
     store = Counting()
     put(store, b"seldom", b"x")
     selection = Selection([b"sel*"])
-    store.fill(1_000_000, 10)
+    store.fill(100_000, 10)
     put(store, b"seldom", b"y")
     store.write()
     position = calls = 0
