@@ -244,6 +244,20 @@ def test_reader_after_long_wait_scans_no_messages_of_other_topics() -> None:
     store.close()
 
 
+@pytest.mark.parametrize(("others", "rows"), [(0, 1), (1, 2)])
+def test_row_ends_with_a_block_only_if_its_ids_are_interleaved(others: int, rows: int) -> None:
+    store = Counting()
+    before = put(store, b"before", *[b"x"] * (schema.BLOCK_IDS - 6))
+    store.write()
+    ids = [*put(store, b"t", b"x", b"x"), *put(store, b"other", *[b"x"] * others), *put(store, b"t", *[b"x"] * 5)]
+    store.write()
+    store.rows = 0
+    [found, _] = read_all(store, Selection([b"t*", b"other"]), before[-1])
+    assert [message.id for message in found.messages] == ids
+    assert store.rows == rows + others
+    store.close()
+
+
 def test_few_rows_are_scanned_rather_than_many_topics_matched() -> None:
     store = Counting()
     store.fill(10_000, 10_000)
