@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import trustme
+from xdist.scheduler import LoadScopeScheduling
 
 import dsmq.client
 import helpers
@@ -29,6 +30,7 @@ from dsmq.client import DSMQClientSideConnection, connect, reader, requests, ses
 from dsmq.server import Server
 from dsmq.store.api import Store
 from dsmq.store.sqlite import SQLiteStore
+from engine import Engine, engine
 from helpers import (
     HOST,
     ROOT,
@@ -66,8 +68,28 @@ __all__ = [
 
 Resolve = Callable[..., None]
 
-# Tests that share installations, builds or servers run in one process.
-GROUPS = ("browser", "clients", "deploy")
+# Tests that share installations, builds or servers run in one process. By files, because pytest-xdist's marker has no
+# effect with pytest 9.2.
+GROUPS = {
+    "tests/clients/test_clients.py": "clients",
+    "tests/deploy/": "deploy",
+    "tests/ops/test_page.py": "browser",
+    "tests/ops/test_prometheus.py": "deploy",
+    "tests/store/test_nats_access.py": "nats access",
+    "tests/test_rooms.py": "rooms",
+}
+
+
+class Scheduler(LoadScopeScheduling):
+    """Sends each group of tests to one process, and other tests to any."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next((group for path, group in GROUPS.items() if nodeid.startswith(path)), nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduler:
+    return Scheduler(config, log)
 
 
 # What runs over both stores: the tests of clients, protocol and promises.
@@ -84,10 +106,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = [item for item in items if item.get_closest_marker("embedded") or not runs_over_both_stores(item.path)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
-    for item in items:
-        for name in GROUPS:
-            if item.get_closest_marker(name):
-                item.add_marker(pytest.mark.xdist_group(name))
 
 
 STREAMS = pytest.StashKey[Streams]()
@@ -101,6 +119,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the NATS cluster, once for all processes that run tests."""
+    # Otherwise, each process that runs tests or is started by one compiles all modules again.
+    sys.dont_write_bytecode = False
     if config.getoption("--store") == "sqlite":
         return
     worker = getattr(config, "workerinput", None)
@@ -128,10 +148,10 @@ def clean_streams(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def clean_environment() -> Iterator[None]:
-    """Ignore the caller's settings of dsmq and of Python's buffering; undo the changes that a test makes."""
+    """Ignore the caller's settings of dsmq and of Python; undo the changes that a test makes."""
     before = os.environ.copy()
     for name in before:
-        if name.startswith("DSMQ_") or name == "PYTHONUNBUFFERED":
+        if name.startswith("DSMQ_") or name in ("PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"):
             del os.environ[name]
     yield
     os.environ.clear()
@@ -172,10 +192,31 @@ def serving(store: Store | None = None, **settings: object) -> Iterator[Server]:
         yield server
 
 
+def reload(server: Server, **settings: object) -> None:
+    """Make a server apply changed settings, as on SIGHUP."""
+    changed = server.context.settings.model_copy(update=settings)
+    server._load = lambda: changed
+    server.reload()
+
+
 @pytest.fixture
 def server() -> Iterator[Server]:
     with serving() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def shared_daemon() -> Iterator[Daemon]:
+    """A server for all tests that neither stop nor change it; each test uses its own topic."""
+    with daemon() as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def shared_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A NATS server for all tests that neither stop nor change it; each test uses its own stream."""
+    with engine(tmp_path_factory.mktemp("nats"), 1) as running:
+        yield running
 
 
 @pytest.fixture

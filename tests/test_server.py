@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import threading
@@ -10,7 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SOON, UNIT, Wire, as_map, loop_of, no_new_threads, serving, wait_for_stored, wait_until, wire_to
+from conftest import (
+    SOON,
+    UNIT,
+    Wire,
+    as_map,
+    blocked,
+    loop_of,
+    no_new_threads,
+    serving,
+    wait_for_stored,
+    wait_until,
+    wire_to,
+)
 from dsmq import settings as config
 from dsmq.broker import commands, reads
 from dsmq.errors import StartupError, StoreFailed, WrongEpoch
@@ -510,11 +523,11 @@ def test_stop_timeout_counts_from_request(tmp_path: Path) -> None:
         wait_until(lambda: server.status.counters().requests == 1)
         loop = loop_of(server)
         # A slow turn of the loop.
-        loop.post(lambda: time.sleep(10 * UNIT))
-        asked_at = time.monotonic()
-        loop.stop(10 * UNIT)
-        loop.thread.join(SOON)
-        assert time.monotonic() - asked_at < 18 * UNIT
+        with blocked(server):
+            loop.stop(10 * SOON)
+            latest = time.monotonic() + 10 * SOON
+        wait_until(lambda: loop._stop_at < math.inf)
+        assert loop._stop_at <= latest
         wire.close()
 
 

@@ -7,21 +7,20 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from conftest import SOON, UNIT, LethalStore, Wire, blocked, serving, wait_until, wire_to
+from conftest import SOON, UNIT, LethalStore, Wire, blocked, loop_of, reload, serving, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.broker.admission import MAX_REFUSED
 from dsmq.client import connect
 from dsmq.errors import ServerFailed, ShuttingDown, StartupError
 from dsmq.server import Server
 from dsmq.wire.resp import encode_request
-from engine import engine
+from engine import Engine
 from helpers import HOST
 
 
@@ -135,18 +134,25 @@ def test_incomplete_request_times_out() -> None:
 
 
 def test_many_slow_complete_requests_are_served() -> None:
-    with serving(request_timeout_seconds=4 * UNIT) as server, wire_to(server) as slow:
-        request = encode_request(b"PING")
+    with serving() as server, wire_to(server) as slow:
+        request, deadlines = encode_request(b"PING"), []
         slow.send(request[:5])
         for _ in range(4):
-            time.sleep(2 * UNIT)
-            slow.send(request[5:] + request[:5])
+            wait_until(lambda: any(len(connection.requests.parser) == 5 for connection in loop_of(server).connections))
+            (connection,) = loop_of(server).connections
+            deadlines.append(connection.requests.deadline())
+            slow.send(request[5:])
             assert slow.receive() == "PONG"
+            slow.send(request[:5])
+        # Each request has its own deadline.
+        assert deadlines == sorted(set(deadlines))
 
 
 def test_idle_connection_is_closed_but_waiting_one_is_not() -> None:
-    with serving(idle_timeout_seconds=2 * UNIT) as server, wire_to(server) as idle, wire_to(server) as waiter:
+    with serving() as server, wire_to(server) as idle, wire_to(server) as waiter:
         waiter.send(encode_request(b"GETWAIT", b"t", b"%d" % round(UNIT * 5000)))
+        wait_until(lambda: server.status.waiting() == 1)
+        reload(server, idle_timeout_seconds=2 * UNIT)
         # There is no request, so there is no reply.
         assert idle.ended()
         assert waiter.receive() is None
@@ -194,12 +200,13 @@ def test_stop_answers_waiting_readers_then_closes(server: Server) -> None:
     assert server.stop() == []
 
 
-def test_stop_with_a_shared_store_answers_waiting_readers_then_closes(tmp_path: Path) -> None:
-    with engine(tmp_path, 1) as running, ExitStack() as stack:
+def test_stop_with_a_shared_store_answers_waiting_readers_then_closes(shared_node: Engine) -> None:
+    with ExitStack() as stack:
         settings = config.load(
             kind=config.EmbeddedSettings,
             port=0,
-            store=f"nats://{HOST}:{running.nodes[0].port}",
+            store=f"nats://{HOST}:{shared_node.nodes[0].port}",
+            store_stream="stop",
             store_replicas=1,
         )
         server = stack.enter_context(Server(settings))

@@ -352,7 +352,8 @@ def test_variables_resembling_service_links_are_settings(variable: str, value: s
 
 def test_service_links_are_logged_once_at_debug_level() -> None:
     env = {"DSMQ_PORT": "tcp://10.96.3.7:30008", "DSMQ_SERVICE_HOST": "10.96.3.7"}
-    with daemon("--log-level", "debug", env=env) as server:
+    # Without an option, the server would listen on the default port, which another server may use.
+    with daemon("--port", "0", "--log-level", "debug", env=env) as server:
         server.process.send_signal(signal.SIGHUP)
         server.wait_for_line("configuration reloaded")
         server.stop()

@@ -21,6 +21,12 @@ from dsmq.wire.resp import encode_request
 from security import READER, WRITER, wire_as
 
 
+@pytest.fixture(autouse=True)
+def all_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Describe groups no matter how long it takes on a busy machine."""
+    monkeypatch.setattr("dsmq.store.group_figures._FIRST_SECONDS", SOON)
+
+
 def send(wire: Wire, text: str) -> None:
     wire.send(encode_request(*text.encode().split()))
 
@@ -417,9 +423,9 @@ def test_info_describes_groups(wire: Wire) -> None:
     assert len(found) == 10
 
 
-def test_info_describes_a_few_groups_in_a_short_time(wire: Wire) -> None:
+def test_info_describes_a_few_groups(wire: Wire) -> None:
     for number in range(MAX_FIRST + 5):
         call(wire, f"TAKE t {number} 60000")
     lines = str(wire.call("INFO", "groups")).split(r"\r\n")
-    assert 0 < sum(line.startswith("group") and line[5].isdigit() for line in lines) <= MAX_FIRST
-    assert len([name for name in pairs(wire.call("STATS", "t")) if name.endswith(":held")]) <= MAX_FIRST
+    assert sum(line.startswith("group") and line[5].isdigit() for line in lines) == MAX_FIRST
+    assert len([name for name in pairs(wire.call("STATS", "t")) if name.endswith(":held")]) == MAX_FIRST

@@ -371,6 +371,10 @@ def test_idle_server_uses_no_processor() -> None:
             """Return the processor time used, in hundredths of a second."""
             return sum(map(int, stat.read_text().rpartition(")")[2].split()[11:13]))
 
-        before = ticks()
-        assert mq.get_wait("nothing", timeout=UNIT * 4) == ""
-        assert ticks() - before < UNIT * 4 * 100 / 4
+        def is_idle() -> bool:
+            before = ticks()
+            assert mq.get_wait("nothing", timeout=UNIT * 4) == ""
+            return ticks() - before < UNIT * 4 * 100 / 4
+
+        # On a busy machine, what remains of the start may take long.
+        wait_until(is_idle)

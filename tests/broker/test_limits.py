@@ -526,6 +526,36 @@ def test_many_waiters_are_woken_over_several_turns(around_turns: AroundTurns) ->
         assert max(woken) <= 4, woken
 
 
+@pytest.mark.parametrize("size", [1, 1 << 20])
+def test_readers_at_the_same_position_share_a_reply(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    made: list[list[Message]] = []
+    monkeypatch.setattr(reads, "encode_messages", lambda found: made.append(found) or encode_messages(found))
+    with serving() as server, wire_to(server) as writer, ExitStack() as stack:
+        readers = [stack.enter_context(wire_to(server)) for _ in range(6)]
+        for number in (1, 2):
+            assert writer.call("PUT", "u" if number == 2 else "t", b"a" * size) == number
+        after = [0, 2, 2, 2, 2, 2]
+        options = [[], [], [], [], ["COUNT", 1], ["LATEST"]]
+        for topic, reader, at, words in zip("uuttuu", readers, after, options, strict=True):
+            reader.send(encode_request(*[str(word).encode() for word in ("READ", topic, at, "WAIT", 60_000, *words)]))
+        # The first has its message at once.
+        assert readers[0].receive()[3] == b"a" * size
+        wait_until(lambda: server.status.waiting() == 5)
+        made.clear()
+        with blocked(server):
+            for topic in "ut":
+                writer.send(encode_request(b"PUT", topic.encode(), topic.encode() * size))
+        assert [writer.receive(), writer.receive()] == [3, 4]
+        got = [reader.receive() for reader in readers[1:]]
+        assert [(reply[0], reply[3]) for reply in got] == [
+            *((3, b"u" * size), (4, b"t" * size), (4, b"t" * size), (3, b"u" * size), (3, b"u" * size)),
+        ]
+        assert len(made) == (4 if size == 1 else 5)
+        # Their transports share nothing.
+        for number, reader in enumerate(readers[2:4], 5):
+            assert reader.call("PUT", "v", "x") == number
+
+
 def test_long_reply_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Encoded] = []
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
 import threading
-import time
 import tracemalloc
 from contextlib import ExitStack
 from itertools import count
@@ -311,16 +309,12 @@ def test_many_waiting_patterns_take_little_memory_and_time() -> None:
         assert tracemalloc.get_traced_memory()[0] / len(selections) < 2 * NAME_OVERHEAD_BYTES
     finally:
         tracemalloc.stop()
-    times = []
     for at in range(300):
         topic, steps, woken = b"prefix/%d/new/%d" % (at, at), 0, list[object]()
-        began = time.thread_time()
         woken += patterns.put(topic)
         while patterns.unmatched:
             woken += patterns.match_some()
             steps += 1
-        times.append(time.thread_time() - began)
         assert woken == [connections[at % 100]]
         # Only patterns with the beginning of the topic are tried.
         assert steps <= 3
-    assert statistics.median(times) < 0.0005

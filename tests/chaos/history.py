@@ -52,24 +52,24 @@ class Got:
 
 
 @dataclass(frozen=True, slots=True)
-class Empty:
-    """A read that found no message."""
-
+class _Read:
     reader: str
     topic: str
     began: float
     ended: float
+
+
+@dataclass(frozen=True, slots=True)
+class Empty(_Read):
+    """A read that found no message."""
+
     timeout: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
+class Broken(_Read):
     """A read that raised or was interrupted, and may have consumed some messages."""
 
-    reader: str
-    topic: str
-    began: float
-    ended: float
     error: str
     may_take: int = 0
 
@@ -123,14 +123,22 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
-    """A TAKE, recorded before it is sent, and each time it is sent again."""
-
+class _Work:
     worker: str
     key: str
     """The topic or pattern."""
     group: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Take(_Work):
     token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sent(_Take):
+    """A TAKE, recorded before it is sent, and each time it is sent again."""
+
     began: float
     lease: float
     wait: float = 0.0
@@ -138,13 +146,9 @@ class Sent:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class Taken(_Take):
     """A job given to a worker."""
 
-    worker: str
-    key: str
-    group: str
-    token: str
     topic: str
     id: int
     attempt: int
@@ -157,13 +161,9 @@ class Taken:
 
 
 @dataclass(frozen=True, slots=True)
-class NoJob:
+class NoJob(_Take):
     """A TAKE that got no job."""
 
-    worker: str
-    key: str
-    group: str
-    token: str
     began: float
     sent: float
     ended: float
@@ -171,12 +171,9 @@ class NoJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(_Work):
     """DONE, RETURN or EXTEND: recorded before it is sent, and again with the reply."""
 
-    worker: str
-    key: str
-    group: str
     verb: str
     id: int
     attempt: int

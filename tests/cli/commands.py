@@ -10,17 +10,15 @@ from contextlib import closing, contextmanager, suppress
 
 import pytest
 
-from conftest import SOON, Daemon, Wire, daemon, run_dsmq, wait_until
+from conftest import SOON, Daemon, Wire, run_dsmq, wait_until
 from dsmq.client import DSMQClientSideConnection, connect
 
 Process = subprocess.Popen[bytes]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Daemon]:
-    """One server for all tests that don't stop it; each test uses its own topic."""
-    with daemon() as process:
-        yield process
+@pytest.fixture
+def server(shared_daemon: Daemon) -> Daemon:
+    return shared_daemon
 
 
 @pytest.fixture

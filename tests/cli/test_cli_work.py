@@ -151,7 +151,7 @@ def test_lost_server_ends_worker_and_its_command(topic: str) -> None:
     with daemon() as server:
         with server.client() as mq:
             mq.put(topic, "x")
-        options = "-p", str(server.port), "--lease", f"{5 * UNIT}s", "--reconnect", "0"
+        options = "-p", str(server.port), "--lease", f"{20 * UNIT}s", "--reconnect", "0"
         with started("work", topic, *options, *program(code)) as process:
             pid = int(line_of(process))
             server.stop()

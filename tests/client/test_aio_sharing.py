@@ -207,7 +207,7 @@ def test_call_cancelled_before_sending_is_not_sent(server: Server) -> None:
 
 def test_late_reply_to_cancelled_call_affects_no_other_call(server: Server, states: list[str]) -> None:
     async def main() -> None:
-        options: Any = {"timeout": 3 * UNIT, "on_state_change": states.append}
+        options: Any = {"timeout": 10 * UNIT, "on_state_change": states.append}
         async with await connect(port=server.port, **options) as mq:
             with blocked(server):
                 late = asyncio.create_task(mq.put("t", "1"))
@@ -509,6 +509,8 @@ def test_waiting_connections_are_reused_and_closed_when_idle(server: Server, mon
             assert proxy.accepted == 4
             await asyncio.gather(*(mq.get_wait("t", timeout=UNIT) for _ in range(3)))
             assert proxy.accepted == 4
+            monkeypatch.setattr("dsmq.client.async_pool.IDLE_SECONDS", UNIT)
+            mq._here()._sweep()
             await mq.get_wait("t", timeout=UNIT)
             while server.status.connections() > 1:
                 await asyncio.sleep(UNIT / 20)
@@ -516,7 +518,7 @@ def test_waiting_connections_are_reused_and_closed_when_idle(server: Server, mon
             await mq.get_wait("t", timeout=UNIT)
             assert proxy.accepted == 5
 
-    monkeypatch.setattr("dsmq.client.async_pool.IDLE_SECONDS", 3 * UNIT)
+    monkeypatch.setattr("dsmq.client.async_pool.IDLE_SECONDS", SOON)
     asyncio.run(main())
 
 

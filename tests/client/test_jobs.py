@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import test_signals
-from scenarios import run
+from scenarios import mq, run
 from test_requests import request
 from test_requests import requests as parsed
 from test_session import a_session
@@ -33,15 +33,12 @@ from dsmq.errors import BadRequest, ClientClosed, ConnectionLost, JobLost, Proto
 from dsmq.server import Server
 from dsmq.wire.resp import Reply
 
+# Fixtures.
+__all__ = ["mq"]
+
 Client = DSMQClientSideConnection
 PRODUCER = Producer(b"run")
 BROKEN = ConnectionResetError("broken")
-
-
-@pytest.fixture
-def mq(server: Server) -> Iterator[Client]:
-    with connect(port=server.port, retry=False) as mq:
-        yield mq
 
 
 @pytest.fixture
@@ -351,9 +348,9 @@ def test_extended_job_is_kept(mq: Client, other: Client) -> None:
     mq.extend(job, UNIT)
     assert other.take("t", timeout=SOON).attempt == 2
     mq.put("t", "y")
-    job = mq.take("t", lease=2 * UNIT)
+    job = mq.take("t", lease=10 * UNIT)
     mq.extend(job, 100 * SOON)
-    assert other.take("t", timeout=4 * UNIT) is None
+    assert other.take("t", timeout=12 * UNIT) is None
     mq.done(job)
 
 
@@ -536,6 +533,7 @@ def test_close_waits_at_most_for_the_timeout(server: Server) -> None:
         mq.close()
 
 
+@pytest.mark.embedded("a server that is not shared")
 def test_job_of_another_server_is_lost(caplog: pytest.LogCaptureFixture) -> None:
     with serving() as first, serving() as second, connect(port=second.port) as other:
         other.put("t", "y")
@@ -730,6 +728,7 @@ def test_asyncio_loop_that_is_left_gives_its_jobs_back(server: Server, mq: Clien
     run(server, scenario)
 
 
+@pytest.mark.embedded("a take that is answered within a few iterations of the event loop")
 def test_cancelled_asyncio_take_leaves_its_job_to_the_next(server: Server, mq: Client) -> None:
     """Cancelled after any number of iterations of the event loop."""
 

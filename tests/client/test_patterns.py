@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scenarios import writer
 from test_signals import Interrupted, Steps, interrupt
 
 from conftest import SOON, UNIT, serving
@@ -22,6 +23,9 @@ from dsmq.errors import BadRequest
 from dsmq.server import Server
 from dsmq.store.sqlite import SQLiteStore
 from helpers import daemon
+
+# Fixtures.
+__all__ = ["writer"]
 
 Client = DSMQClientSideConnection
 
@@ -70,12 +74,6 @@ def reader(request: pytest.FixtureRequest, server: Server) -> Iterator[Callable[
     yield make
     for client in clients:
         client.close()
-
-
-@pytest.fixture
-def writer(server: Server) -> Iterator[Client]:
-    with connect(port=server.port) as mq:
-        yield mq
 
 
 def texts(messages: list[Message]) -> list[str]:

@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 import pytest
+from scenarios import mq, writer
 
 from conftest import SOON, UNIT, serving
 from dsmq import aio
@@ -24,6 +25,9 @@ from dsmq.client.connection import Connection
 from dsmq.client.reader import TopicReader
 from dsmq.errors import ClientClosed
 from dsmq.server import Server
+
+# Fixtures.
+__all__ = ["mq", "writer"]
 
 Client = DSMQClientSideConnection
 # The modules that make up a call.
@@ -85,18 +89,6 @@ VERBS: dict[str, Callable[[Client], list[str]]] = {
     "get_latest": lambda mq: [mq.get_latest("t")],
     "messages": lambda mq: [next(mq.messages("t", text=True))],
 }
-
-
-@pytest.fixture
-def mq(server: Server) -> Iterator[Client]:
-    with connect(port=server.port, retry=False) as mq:
-        yield mq
-
-
-@pytest.fixture
-def writer(server: Server) -> Iterator[Client]:
-    with connect(port=server.port, retry=False) as writer:
-        yield writer
 
 
 @pytest.mark.slow

@@ -62,22 +62,16 @@ def store_of(server: Server) -> NATSStore:
     return store
 
 
-@pytest.fixture(scope="module")
-def one_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with engine(tmp_path_factory.mktemp("nats"), 1) as running:
-        yield running
-
-
 @pytest.fixture
 def stream(request: pytest.FixtureRequest) -> str:
     """A stream for one test."""
-    return f"s{abs(hash(request.node.name))}"
+    return f"s{abs(hash(request.node.nodeid))}"
 
 
 @pytest.fixture
-def server(one_node: Engine, stream: str) -> Iterator[Server]:
+def server(shared_node: Engine, stream: str) -> Iterator[Server]:
     # The engine reserves this much room.
-    with serving_from(one_node, store_stream=stream, max_stored_bytes=10_000_000) as server:
+    with serving_from(shared_node, store_stream=stream, max_stored_bytes=10_000_000) as server:
         yield server
 
 
@@ -351,9 +345,9 @@ def healthz(server: Server) -> list[str]:
     return stuck
 
 
-def test_healthz_fails_if_the_thread_of_the_store_is_stuck(one_node: Engine, stream: str) -> None:
+def test_healthz_fails_if_the_thread_of_the_store_is_stuck(shared_node: Engine, stream: str) -> None:
     limits = {"max_stored_bytes": 10_000_000, "health_timeout_seconds": UNIT}
-    with serving_from(one_node, store_stream=stream, **limits) as server:
+    with serving_from(shared_node, store_stream=stream, **limits) as server:
         wait_until(lambda: healthz(server) == [])
         release = threading.Event()
         store_of(server)._loop.call_soon_threadsafe(release.wait, SOON)

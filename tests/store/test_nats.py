@@ -30,12 +30,6 @@ T = TypeVar("T")
 MAX_AGE_MS = 600_000
 
 
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with engine(tmp_path_factory.mktemp("nats"), 1) as running:
-        yield running
-
-
 class Stores:
     """Creates stores on one engine, and closes them."""
 
@@ -56,11 +50,11 @@ class Stores:
 
 
 @pytest.fixture
-def stores(node: Engine, request: pytest.FixtureRequest) -> Iterator[Stores]:
+def stores(shared_node: Engine, request: pytest.FixtureRequest) -> Iterator[Stores]:
     """Stores on a stream for one test."""
     with ExitStack() as stack:
-        made = Stores(node.servers, stack)
-        made.stream = f"s{abs(hash(request.node.name))}"
+        made = Stores(shared_node.servers, stack)
+        made.stream = f"s{abs(hash(request.node.nodeid))}"
         yield made
 
 
@@ -455,6 +449,7 @@ def test_puts_and_reads_survive_a_restart_of_the_engine(tmp_path: Path) -> None:
         assert bodies(read(store, b"t")) == [b"1", b"2", b"3"]
 
 
+@pytest.mark.slow
 def test_read_at_an_isolated_leader_is_never_stale(tmp_path: Path) -> None:
     with ExitStack() as stack:
         # The proxies are between the nodes; the servers connect to some nodes directly.
@@ -515,7 +510,7 @@ def test_put_whose_answer_is_lost_is_stored_once(stores: Stores, together: bool,
         store = stores()
         append = store.append_together if together else store.append
         expected = []
-        for number in range(5):
+        for number in range(2):
             proxy.strike(Fault("reset", "reply", 0))
             puts: list[Put] = [(b"t", b"%d %d" % (number, one), None) for one in range(count)]
             ids = value(append(puts))

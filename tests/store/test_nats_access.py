@@ -17,8 +17,6 @@ from security import Files
 
 USER, PASSWORD = "dsmq", "a-password-for-the-tests"
 
-pytestmark = pytest.mark.xdist_group("nats access")
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:

@@ -12,9 +12,9 @@ from dsmq.store.nats import NATSStore
 from dsmq.store.selection import Selection
 from dsmq.store.sqlite import MirrorStore
 from helpers import wait_until
-from store.test_nats import Stores, bodies, in_engine, node, put, read, stores, value
+from store.test_nats import Stores, bodies, in_engine, put, read, stores, value
 
-__all__ = ["node", "stores"]
+__all__ = ["stores"]
 
 
 def purge(store: NATSStore, *words: bytes) -> int:
@@ -50,7 +50,7 @@ def test_all_servers_apply_purge_even_if_started_later(stores: Stores) -> None:
 
 def test_read_that_waits_for_the_mirror_waits_for_a_purge(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = stores(), stores()
-    put(one, b"t", *[b"x"] * 20_000)
+    put(one, b"t", *[b"x"] * 5_000)
     begun, slices = MirrorStore.purge, []
 
     def count(store: MirrorStore, selection: Selection) -> Any:
@@ -59,7 +59,7 @@ def test_read_that_waits_for_the_mirror_waits_for_a_purge(stores: Stores, monkey
             yield found
 
     monkeypatch.setattr(MirrorStore, "purge", count)
-    assert purge(one, b"*") == 20_000
+    assert purge(one, b"*") == 5_000
     # The other server may still be applying it. This read waits until that server has everything that the engine has.
     assert value(other.latest(b"t", 0)) == []
     assert read(other, b"t") == []

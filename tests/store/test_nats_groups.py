@@ -19,9 +19,9 @@ from dsmq.store.nats_group_plan import Refused, SharedGroup, apply_plan
 from dsmq.store.nats_group_state import read_state, write_state
 from dsmq.store.selection import Selection
 from helpers import SOON, reached, wait_until
-from store.test_nats import Stores, bodies, in_engine, node, put, read, stores, value
+from store.test_nats import Stores, bodies, in_engine, put, read, stores, value
 
-__all__ = ["node", "stores"]
+__all__ = ["stores"]
 
 W = b"workers"
 LONG, SHORT = 60_000, 100
@@ -30,6 +30,10 @@ LONG, SHORT = 60_000, 100
 def take(store: NATSStore, key: bytes = b"t", count: int = 1, **options: Any) -> list[Job]:
     defaults = {"group": W, "lease_ms": LONG, "token": b"", "worker": "w", "max_bytes": 100_000}
     request = Take(key=key, selection=Selection([key]), max_jobs=count, **{**defaults, **options})
+    if count > 1:
+        # All at once, no matter how busy the machine is.
+        store.groups.slice_seconds = SOON
+        wait_until(lambda: store.mirror.store.last_id() >= store.publisher.last_id)
     while True:
         if (found := value(store.groups.take(request))) is not None:
             return found

@@ -13,10 +13,10 @@ from dsmq.store.nats_api import EngineError
 from engine import Engine, Node, configuration
 from helpers import black_hole
 from hosts import Host, hosts
-from store.test_nats import Stores, node, stores
+from store.test_nats import Stores, stores
 from traffic import Traffic
 
-__all__ = ["node", "stores"]
+__all__ = ["stores"]
 
 PORTS = (4222, 8222, 6222)
 

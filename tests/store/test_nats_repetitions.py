@@ -11,9 +11,9 @@ from dsmq.store import nats_stream
 from dsmq.store.api import Limits, Outcome, Put, RetriedKey
 from dsmq.store.nats import NATSStore
 from helpers import wait_until
-from store.test_nats import Stores, keyed, node, put, read, stores, value
+from store.test_nats import Stores, keyed, put, read, stores, value
 
-__all__ = ["node", "stores"]
+__all__ = ["stores"]
 
 
 def again(seq: int, body: bytes = b"x") -> Put:

@@ -15,10 +15,10 @@ from dsmq.store.api import DROP_OLDEST, Limits, Message, TopicRule
 from dsmq.store.nats import NATSStore
 from dsmq.store.rules import NO_RULES, decode_rules, encode_rules
 from helpers import UNIT, reached, wait_until
-from store.test_nats import Stores, bodies, in_engine, node, put, read, stores, value
+from store.test_nats import Stores, bodies, in_engine, put, read, stores, value
 from store.test_nats_facts import purge
 
-__all__ = ["node", "stores"]
+__all__ = ["stores"]
 
 TOPICS = [b"camera/1", b"camera/2", b"sensor", b"other"]
 

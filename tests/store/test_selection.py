@@ -206,7 +206,7 @@ class CountingSelection(Selection):
 
 @pytest.mark.parametrize(
     ("words", "messages", "matching"),
-    [([b"t*"], 10_000, 10_000), ([b"t*7", b"t1"], 10_000, 1001), ([b"*7*"], 100_000, 34_390), ([b"x*"], 10_000, 0)],
+    [([b"t*"], 10_000, 10_000), ([b"t*7", b"t1"], 10_000, 1001), ([b"*7*"], 20_000, 6_878), ([b"x*"], 10_000, 0)],
 )
 def test_one_call_looks_at_few_rows_and_topics(
     monkeypatch: pytest.MonkeyPatch, words: list[bytes], messages: int, matching: int
@@ -230,7 +230,7 @@ def test_reader_after_long_wait_scans_no_messages_of_other_topics() -> None:
     store = Counting()
     put(store, b"seldom", b"x")
     selection = Selection([b"sel*"])
-    store.fill(1_000_000, 10)
+    store.fill(100_000, 10)
     put(store, b"seldom", b"y")
     store.write()
     position = calls = 0
@@ -241,6 +241,20 @@ def test_reader_after_long_wait_scans_no_messages_of_other_topics() -> None:
             break
     assert [message.body for message in found.messages] == [b"x", b"y"]
     assert (store.rows, calls) == (2, 1)
+    store.close()
+
+
+@pytest.mark.parametrize(("others", "rows"), [(0, 1), (1, 2)])
+def test_row_ends_with_a_block_only_if_its_ids_are_interleaved(others: int, rows: int) -> None:
+    store = Counting()
+    before = put(store, b"before", *[b"x"] * (schema.BLOCK_IDS - 6))
+    store.write()
+    ids = [*put(store, b"t", b"x", b"x"), *put(store, b"other", *[b"x"] * others), *put(store, b"t", *[b"x"] * 5)]
+    store.write()
+    store.rows = 0
+    [found, _] = read_all(store, Selection([b"t*", b"other"]), before[-1])
+    assert [message.id for message in found.messages] == ids
+    assert store.rows == rows + others
     store.close()
 
 

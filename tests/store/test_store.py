@@ -280,7 +280,8 @@ def test_flush_without_memory_raises_and_keeps_messages(store: ClockedStore) -> 
 
 PLANS = {
     "READ": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid>?)",
-    "LATEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=?)",
+    "LATEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid<?)",
+    "ROW_AT": "SEARCH chunks USING COVERING INDEX chunks_by_topic (topic=? AND rowid>?)",
     "OLDEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid>?)",
     "TOPIC_EXPIRY": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid<?)",
     "EXPIRY": "SEARCH chunks USING INTEGER PRIMARY KEY (rowid<?)",

@@ -54,10 +54,12 @@ class EpollPoller:
     def wait(self, seconds: float) -> list[tuple[Any, int]]:
         ready = []
         for file, flags in self._epoll.poll(max(0.0, seconds)):
-            target, events = self._watched[file]
-            # Errors and hang-ups count as both kinds of event, as in `selectors`.
-            reads = EVENT_READ if flags & ~_EPOLLOUT else 0
-            ready.append((target, events & (reads if flags == _EPOLLIN else reads | EVENT_WRITE)))
+            target, events = watched = self._watched[file]
+            if flags != _EPOLLIN or events != EVENT_READ:
+                # Errors and hang-ups count as both kinds of event, as in `selectors`.
+                reads = EVENT_READ if flags & ~_EPOLLOUT else 0
+                watched = target, events & (reads if flags == _EPOLLIN else reads | EVENT_WRITE)
+            ready.append(watched)
         return ready
 
     def close(self) -> None:

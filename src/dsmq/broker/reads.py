@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -66,6 +66,16 @@ class PendingRead:
         if self.below:
             return store.latest(self.topic, self.after, self.below)
         return store.latest(self.topic, self.after)
+
+    def fetch_once(self, store: Store, found: dict[Hashable, Any] | None) -> Answer[Any]:
+        """Fetch, unless `found` has what another reader at the same position has just got."""
+        if found is None or type(self) is not PendingRead or self.start is not None or not self.count:
+            return self.fetch(store)
+        position = self.topic, self.after, self.count, self.max_bytes
+        answer = found.get(position)
+        if answer is None:
+            answer = found[position] = self.fetch(store)
+        return answer
 
     def take(self, found: Any) -> list[Message] | None:
         """Return the messages, or None to fetch again."""
@@ -182,7 +192,16 @@ def _encode_read(client: Connection, read: PendingRead, messages: list[Message])
         # Checked again, because a store on another machine may have begun another epoch during the wait.
         check_epoch(client.context.store, read.epoch)
     count_delivery(client, read.topic, messages)
-    return encode_messages(messages)
+    waiters = client.loop.waiters
+    if waiters.found is None:
+        return encode_messages(messages)
+    if messages is not waiters.encoded[0]:
+        reply = encode_messages(messages)
+        if type(reply) is not bytes:
+            # The transport of the reader keeps a long one, and adds to it.
+            return reply
+        waiters.encoded = messages, reply
+    return waiters.encoded[1]
 
 
 def check_epoch(store: Store, epoch: bytes) -> None:
@@ -314,14 +333,17 @@ class Reads:
             connection.loop.waiters.to_wake[connection] = None
             return None
         if not messages and read.wait_ms:
-            if read.registered:
-                read.retry_at = connection.loop.now + read.retry_in
+            if not read.registered:
+                # Register first, then check again, so that a put in between is not missed.
+                read.wait(connection.loop.waiters, connection)
+                read.registered = True
+                found = read.fetch(connection.context.store)
+                if found or type(found) is not list:
+                    return self._reply(read, found)
+            read.retry_at = connection.loop.now + read.retry_in
+            if read.retry_in < math.inf:
                 connection.schedule(read.retry_at)
-                return None
-            # Register first, then check again, so that a put in between is not missed.
-            read.wait(connection.loop.waiters, connection)
-            read.registered = True
-            return self._reply(read, read.fetch(connection.context.store))
+            return None
         transport = connection.transport
         if transport.budget.is_tight and not transport.reserve(read.memory(messages)):
             return None
@@ -342,7 +364,9 @@ class Reads:
         try:
             if isinstance(found, ReplyError):
                 found = read.refuse(found)
-            reply = self._reply(read, read.fetch(connection.context.store) if found is None else found)
+            if found is None:
+                found = read.fetch_once(connection.context.store, connection.loop.waiters.found)
+            reply = self._reply(read, found)
             if reply is None:
                 return
             connection.transport.send(reply)

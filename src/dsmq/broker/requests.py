@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+from math import inf
 from selectors import EVENT_READ
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -50,8 +50,8 @@ class Requests:
     max_receive: int = RECEIVE_BYTES
     reserved: int = 0
     """Their share of the total bytes. An incomplete request counts with its declared length."""
-    incomplete_since: float = math.inf
-    slow_from: float = math.inf
+    incomplete_since: float = inf
+    slow_from: float = inf
     """When the average speed of an incomplete request falls below SLOW_BYTES_PER_SECOND."""
     _discarded: int = 0
 
@@ -85,7 +85,7 @@ class Requests:
 
     def on_ready(self, events: int) -> None:
         """Read or write, as the socket is ready."""
-        connection, transport = self.connection, self.transport
+        connection, transport, loop = self.connection, self.transport, self.loop
         if connection.state is HANDSHAKE:
             transport.shake_hands()
             return
@@ -94,7 +94,7 @@ class Requests:
             if connection.state is CLOSED or not events & EVENT_READ:
                 return
         try:
-            is_scarce = self.budget.is_crowded or not self.loop.slice_seconds
+            is_scarce = self.budget.is_crowded or not loop.slice_seconds
             data = transport.socket.recv(self._scarce_bytes() if is_scarce else self.max_receive)
         except (BlockingIOError, InterruptedError):
             return
@@ -105,10 +105,10 @@ class Requests:
             transport.eof_received = True
             connection.on_eof()
         elif connection.state < FINISHING:
-            self.loop.counters.bytes_in += len(data)
-            transport.active_at = self.loop.now
-            if self.incomplete_since != math.inf:
-                self.slow_from = usage.slow_after(self.slow_from, len(data), self.loop.now)
+            loop.counters.bytes_in += len(data)
+            transport.active_at = loop.now
+            if self.incomplete_since != inf:
+                self.slow_from = usage.slow_after(self.slow_from, len(data), loop.now)
             self.parser.feed(data)
             self.run()
         elif connection.unauthenticated:
@@ -218,7 +218,7 @@ class Requests:
                 self.connection.reject(error)
         if self.queue:
             self.loop.counters.requests += len(self.queue)
-            self.incomplete_since = self.slow_from = math.inf
+            self.incomplete_since = self.slow_from = inf
         return self.queue
 
     def _authorize(self, name: bytes) -> Command:
@@ -268,7 +268,7 @@ class Requests:
             return
         self.count()
         if self.parser.incomplete and connection.state is OPEN:
-            if self.incomplete_since == math.inf:
+            if self.incomplete_since == inf:
                 self.incomplete_since = self.loop.now
                 self.slow_from = self.loop.now + usage.SLOW_SECONDS
             connection.schedule(self.deadline())
@@ -306,7 +306,7 @@ class Requests:
         self.steps.clear()
         self.transaction = None
         self.reserved = 0
-        self.incomplete_since = self.slow_from = math.inf
+        self.incomplete_since = self.slow_from = inf
 
 
 def _counted(size: int) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import socket
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from selectors import EVENT_READ, EVENT_WRITE
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -45,9 +45,9 @@ class Transport:
     """Their share of the total bytes."""
     max_unread: int = 0
     """If more is unsent, no further requests run."""
-    unread_since: float = math.inf
+    unread_since: float = inf
     """When the client last accepted data; infinite if nothing is unsent."""
-    slow_from: float = math.inf
+    slow_from: float = inf
     """When the client's average reading speed falls below SLOW_BYTES_PER_SECOND."""
     active_at: float = 0.0
     """When data was last received, or finally sent."""
@@ -78,25 +78,26 @@ class Transport:
 
     def send(self, reply: Encoded) -> None:
         """Send this at the end of the turn."""
-        if not self.data:
+        data = self.data
+        if not data:
             self.loop.to_flush.append(self)
             if type(reply) is bytearray:
                 # It is long, so don't copy it again.
-                self.data = reply
+                self.data = data = reply
                 reply = b""
-        self.data += reply
-        if self.counted or len(self.data) > SEND_BYTES:
+        data += reply
+        if self.counted or len(data) > SEND_BYTES:
             # It may stay buffered for a long time.
             self.count()
 
     def flush(self) -> None:
         """Send as much as the socket accepts."""
         connection = self.connection
-        if connection.state >= LINGERING:
+        state, data = connection.state, self.data
+        if state >= LINGERING:
             # The sending side is shut down; sending would fail, and would close the connection before the last reply is
             # read.
             return
-        data = self.data
         size = len(data)
         try:
             sent = self.socket.send(data if size <= SEND_BYTES else memoryview(data)[:SEND_BYTES])
@@ -111,23 +112,24 @@ class Transport:
             self._note_unread(sent)
         else:
             data.clear()
-            self.unread_since = self.slow_from = math.inf
             self.active_at = self.loop.now
+            if state is OPEN and self.unread_since == inf and self.events == EVENT_READ and not self.counted:
+                return
+            self.unread_since = self.slow_from = inf
         if len(data) != self.counted:
             self.count()
-        if connection.state is BEHIND:
+        if state is BEHIND:
             if len(data) < self.max_unread:
                 self.loop.run_soon(connection)
-        elif connection.state is FINISHING and not (data or connection.pending_puts):
+        elif state is FINISHING and not (data or connection.pending_puts):
             self._linger()
-        if sent < size or self.events != EVENT_READ or connection.state is not OPEN:
-            self.update_events()
+        self.update_events()
 
     def _note_unread(self, sent: int) -> None:
         now = self.loop.now
-        if self.unread_since == math.inf:
+        if self.unread_since == inf:
             self.slow_from = now + usage.SLOW_SECONDS
-        if sent or self.unread_since == math.inf:
+        if sent or self.unread_since == inf:
             self.unread_since = now
             self.slow_from = usage.slow_after(self.slow_from, sent, now)
             self.connection.schedule(now + self.connection.context.settings.reply_timeout_seconds)
@@ -174,11 +176,11 @@ class Transport:
     def update_events(self) -> None:
         """Watch the socket for what the connection can handle now."""
         connection, events = self.connection, EVENT_READ
-        if connection.state is not OPEN or self.eof_received or self.unread_since != math.inf:
+        if connection.state is not OPEN or self.eof_received or self.unread_since != inf:
             if connection.state in (HANDSHAKE, CLOSED):
                 return
             events = EVENT_READ if self._can_receive() else 0
-            if self.unread_since != math.inf:
+            if self.unread_since != inf:
                 events |= EVENT_WRITE
         if events != self.events:
             self.loop.watch(self.connection, events)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsmq.errors import Busy
 from dsmq.store.selection import Pattern, PatternIndex
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
     from dsmq.broker.event_loop import EventLoop
     from dsmq.broker.usage import Usage
+    from dsmq.store.api import Message
+    from dsmq.wire.resp import Encoded
 
 # Max topics for which the matching patterns are remembered.
 MAX_KNOWN_TOPICS = 200_000
@@ -38,6 +40,10 @@ class Waiters:
         self.by_topic: dict[bytes, dict[Connection, None]] = {}
         self.patterns = WaitingPatterns()
         self.unmatched = self.patterns.unmatched
+        self.found: dict[Hashable, Any] | None = None
+        """What the readers served now have got, by their positions: those at the same position get the same reply."""
+        self.encoded: tuple[list[Message], Encoded] = [], b""
+        """The last of these replies, with its messages."""
         self._loop = loop
         self._usage = usage
         self._slice_seconds = slice_seconds
@@ -96,6 +102,7 @@ class Waiters:
     def serve(self) -> None:
         """Match topics, and reply to woken connections, for a slice of the turn."""
         until = time.monotonic() + self._slice_seconds
+        self.found = {}
         while self.to_wake or self.unmatched:
             if self.unmatched:
                 self.to_wake.update(dict.fromkeys(self.patterns.match_some()))
@@ -107,7 +114,8 @@ class Waiters:
                 except Exception:  # noqa: BLE001
                     connection.on_failure()
             if time.monotonic() >= until:
-                return
+                break
+        self.found, self.encoded = None, ([], b"")
 
 
 class _Awaited:

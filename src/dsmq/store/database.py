@@ -47,11 +47,12 @@ PROGRESS_INSTRUCTIONS = 1000
 
 _COLUMNS = "put_at, last_number, ids_and_sizes, bodies"
 READ = f"SELECT {_COLUMNS} FROM chunks WHERE topic = ? AND last_id > ? AND put_at >= ? ORDER BY last_id"  # noqa: S608
-LATEST = f"SELECT {_COLUMNS} FROM chunks WHERE topic = ? ORDER BY last_id DESC"  # noqa: S608
+LATEST = f"SELECT {_COLUMNS} FROM chunks WHERE topic = ? AND last_id <= ? ORDER BY last_id DESC"  # noqa: S608
 _HEADERS = "SELECT last_id, topic, put_at, last_number, ids_and_sizes FROM chunks"
 HEADERS = f"{_HEADERS} WHERE last_id > ? AND put_at >= ? ORDER BY last_id"
 TOPIC_HEADERS = f"{_HEADERS} WHERE last_id > ? AND put_at >= ? AND topic = ? ORDER BY last_id"
 HEADERS_BACK = f"{_HEADERS} WHERE last_id <= ? AND put_at >= ? ORDER BY last_id DESC"
+ROW_AT = "SELECT min(last_id) FROM chunks WHERE topic = ? AND last_id >= ?"
 TOPIC_HEADERS_BACK = f"{_HEADERS} WHERE last_id <= ? AND put_at >= ? AND topic = ? ORDER BY last_id DESC"
 PUT_TIMES = "SELECT last_id, put_at FROM chunks WHERE last_id >= ? ORDER BY last_id"
 BODIES = "SELECT last_id, bodies FROM chunks WHERE last_id BETWEEN ? AND ?"
@@ -196,8 +197,8 @@ class Database:
 
     def newest_below(self, topic: int, after: int, below: int) -> StoredMessage | None:
         """Return the newest message with an id above `after` and below `below`."""
-        # Usually reads only one row; more if the last ones start at or above `below`.
-        for row in self.connection.execute(LATEST, (topic,)):
+        # Reads one row, or two if the first starts at or above `below`.
+        for row in self.connection.execute(LATEST, (topic, self._row_at(topic, below))):
             if found := [message for message in self._unpack(row, after) if message[0] < below]:
                 return found[-1]
         return None
@@ -216,15 +217,20 @@ class Database:
     def headers_back(self, below: int, since: int, topic: int | None = None) -> Iterator[Header]:
         """Iterate back over the rows, of one topic or all, that may have ids below `below`, put at or after `since`."""
         if topic is not None:
-            first = "SELECT min(last_id) FROM chunks WHERE topic = ? AND last_id >= ?"
-            [(end,)] = self.connection.execute(first, (topic, below))
-            return self.connection.execute(TOPIC_HEADERS_BACK, (end or below, since, topic))
+            return self.connection.execute(TOPIC_HEADERS_BACK, (self._row_at(topic, below), since, topic))
         end, block = below, None
         for last_id, put_at in self.connection.execute(PUT_TIMES, (below,)):
             if (found := self.block(last_id, put_at)) != (block := block or found):
                 break
             end = last_id
         return self.connection.execute(HEADERS_BACK, (end, since))
+
+    def _row_at(self, topic: int, below: int) -> int:
+        """Return the last id of a topic's first row that ends at or above an id, or the id if there is none."""
+        if below == sys.maxsize:
+            return below
+        [(end,)] = self.connection.execute(ROW_AT, (topic, below))
+        return end or below
 
     def block(self, last_id: int, put_at: int) -> tuple[int, int]:
         """Return a key that is equal for rows whose ids may be interleaved."""

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 from dsmq.store.api import Found, ManyTopics, Message, TopicMessage
 from dsmq.store.database import Database, Header
+from dsmq.store.schema import StoredMessage
 from dsmq.store.selection import Selection
 from dsmq.store.topics import Topic, TopicTable, WriteBuffer
 
@@ -121,24 +122,6 @@ class SelectionReads:
 
     def topic_names(self) -> list[bytes]:
         return list(self._topics.by_name)
-
-    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
-        known = self._topics.by_name.get(topic)
-        if known is None:
-            return None
-        with self._database:
-            now = self._clock()
-            since = now - self._age_ms(known)
-            if at := bisect_left(known.buffered, (below,)):
-                message_id, number, put_at, body = known.buffered[at - 1]
-            else:
-                rows = self._database.headers_back(below, since, known.row)
-                found = next((one for one in _messages_back(rows, known) if one[0] < below), None)
-                if found is None:
-                    return None
-                message_id, number, put_at, size, _, row, start, _ = found
-                body = self._database.bodies(row, row)[row][start : start + size]
-            return Message(message_id, number, now - put_at, body, put_at - since) if put_at >= since else None
 
     def backlog(self, selection: Selection, after: int, given: Mapping[bytes, int], until: float) -> tuple[int, int]:
         """Return how many messages of a selection have ids above `after`, and the age of the first in milliseconds.
@@ -319,6 +302,27 @@ class SelectionReads:
             if selection.matches(topic.name) and now - header[2] <= self._age_ms(topic):
                 ids += [candidate[0] for candidate in _unpack(header, topic, 0)]
         yield 0, sorted(ids, reverse=True)
+
+    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
+        known = self._topics.by_name.get(topic)
+        if known is None:
+            return None
+        with self._database:
+            return self._newest_below(known, below)
+
+    def _newest_below(self, topic: Topic, below: int) -> Message | None:
+        now = self._clock()
+        since = now - self._age_ms(topic)
+        if at := bisect_left(topic.buffered, (below,)):
+            found: StoredMessage | None = topic.buffered[at - 1]
+        else:
+            # If it is the topic's last message, unpack no other message of its row.
+            after = topic.last_id - 1 if below > topic.last_id else topic.dropped_id
+            found = self._database.newest_below(topic.row, after, below)
+        if found is None or found[0] <= topic.dropped_id or found[2] < since:
+            return None
+        message_id, number, put_at, body = found
+        return Message(message_id, number, now - put_at, body, put_at - since)
 
     def id_before(self, milliseconds: int) -> int:
         """Return the id of the last message that was put longer ago than this, or 0."""

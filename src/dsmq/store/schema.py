@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 
 # Reading one message unpacks a whole row, so rows are kept short. Only a row of one message may be longer.
 MAX_ROW_MESSAGES, MAX_ROW_BYTES = 128, 16_384
-# A power of 2; a row's ids are between two multiples of it. So only a few rows have interleaved ids, and sorting
-# messages takes only a few rows.
+# A power of 2; a row's ids are between two multiples of it, unless they are consecutive. So only a few rows have
+# interleaved ids, and sorting messages takes only a few rows.
 BLOCK_IDS = 512
 # Bodies of at least this size are kept outside SQLite, because copying them into its pages takes up to 1 ms per MiB.
 # Their rows have sizes but no bodies, except in a snapshot.
@@ -117,7 +117,7 @@ def split_into_rows(messages: list[StoredMessage]) -> Iterator[list[StoredMessag
             put_at != messages[start][2]
             or at - start == MAX_ROW_MESSAGES
             or size > MAX_ROW_BYTES
-            or message_id ^ messages[start][0] >= BLOCK_IDS
+            or (message_id ^ messages[start][0] >= BLOCK_IDS and message_id - messages[start][0] > at - start)
         ):
             yield messages[start:at]
             start, size = at, len(body)

@@ -208,22 +208,12 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
         if known is None or after >= known.last_id:
             return []
         with self._database:
-            now = self._clock()
-            since = now - self._age_ms(known)
-            found = self._newest_below(known, below)
-            if found is None or found[0] <= max(after, known.dropped_id) or found[2] < since:
+            message = self._newest_below(known, below)
+            if message is None or message.id <= after:
                 return []
-            message_id, number, put_at, body = found
-            message = Message(message_id, number, now - put_at, body, put_at - since)
             # The skipped messages count as read.
-            known.mark_read(message_id, message, message)
+            known.mark_read(message.id, message, message)
             return [message]
-
-    def _newest_below(self, topic: Topic, below: int) -> StoredMessage | None:
-        if at := bisect_left(topic.buffered, (below,)):
-            return topic.buffered[at - 1]
-        # If it is the topic's last message, unpack no other message of its row.
-        return self._database.newest_below(topic.row, topic.last_id - 1 if below > topic.last_id else 0, below)
 
     def last_id(self) -> int:
         return self._last_id

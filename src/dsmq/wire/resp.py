@@ -57,16 +57,16 @@ class Input:
         """Whether the buffer ends within an item."""
 
     def feed(self, data: bytes) -> None:
-        size = len(data)
-        if size < self.missing:
-            self.missing -= size
-            self._keep(data)
-            return
-        if size < self._line_room and not self._line_end.search(data):
-            self._line_room -= size
-            self._keep(data)
-            return
-        if self._data or self._chunks:
+        if self._data or self._chunks or not data:
+            size = len(data)
+            if size < self.missing:
+                self.missing -= size
+                self._keep(data)
+                return
+            if size < self._line_room and not self._line_end.search(data):
+                self._line_room -= size
+                self._keep(data)
+                return
             data = self._join(data)
             self._chunks = []
             self._chunk_bytes = 0
