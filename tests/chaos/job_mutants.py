@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dsmq.broker.jobs import PendingTake, TakeQueues
@@ -11,6 +11,8 @@ from dsmq.store import groups
 from dsmq.store.api import Found
 from dsmq.store.group import Group, HeldJob, Receipt
 from dsmq.store.groups import Groups
+from dsmq.store.nats_group_facts import GroupFacts
+from dsmq.store.nats_group_plan import Refused, SharedGroup
 from dsmq.store.schema import Batch
 
 # Probability of random defects.
@@ -145,6 +147,34 @@ def never_fails() -> None:
     Group.end_leases = lambda group, now, _: _end_leases(group, now, 0)  # type: ignore[method-assign]
 
 
+def answers_refused_plans() -> None:
+    """A server gives jobs although another one was first."""
+    finish = GroupFacts._finish
+
+    def accept(self: GroupFacts, name: str, error: Exception | None) -> None:
+        finish(self, name, None if isinstance(error, Refused) else error)
+
+    GroupFacts._finish = accept  # type: ignore[method-assign]
+
+
+def ignores_versions() -> None:
+    """A job is given again although it was meanwhile given by another server."""
+    unfit = SharedGroup.unfit
+
+    def exists(group: SharedGroup, versions: Iterable[tuple[int, int]]) -> bool:
+        return unfit(group, [(one, group.jobs[one].version if one in group.jobs else 0) for one, _ in versions])
+
+    SharedGroup.unfit = exists  # type: ignore[method-assign]
+
+
+SHARED_JOB_MUTANTS = {
+    answers_refused_plans: "shared_workers",
+    ignores_versions: "shared_workers",
+    accepts_any_attempt: "shared_workers",
+    loses_returned_jobs: "shared_workers",
+    ends_leases_early: "shared_workers",
+    ignores_tokens: "workers_move",
+}
 JOB_MUTANTS = {
     keeps_leases: "workers",
     ends_leases_early: "workers",

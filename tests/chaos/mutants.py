@@ -11,7 +11,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parent.parent)
 
-from chaos.job_mutants import JOB_MUTANTS, leases_end_soon
+from chaos.job_mutants import JOB_MUTANTS, SHARED_JOB_MUTANTS, leases_end_soon
 from dsmq.__main__ import main
 from dsmq.store.api import Message, Put
 from dsmq.store.sqlite import SQLiteStore
@@ -150,6 +150,7 @@ SHARED_MUTANTS = {
     reads_stale_mirrors: "shared_calm",
     trusts_any_leader: "stale_leader",
     answers_early: "leader_killed",
+    **SHARED_JOB_MUTANTS,
 }
 MUTANTS = {
     forgets_keys: "resets",

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -260,12 +261,48 @@ def test_commands_options_and_topics_are_completed(topic: str, mq: DSMQClientSid
     assert completed("dsmq completion ") == ["--help", "bash", "zsh", "fish"]
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_script_names_dsmq(shell: str) -> None:
-    status, out, err = result("completion", shell)
-    assert (status, err) == (0, b"")
-    assert b"dsmq" in out
-    assert b"_ARGCOMPLETE" in out
+@pytest.fixture
+def shell_environment(tmp_path: Path) -> dict[str, str]:
+    """The environment of a shell on a simple terminal, which finds dsmq and keeps its files in a temporary folder."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "TERM": "dumb", "HOME": str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("shell", "begin"),
+    [
+        (["bash", "--norc"], 'eval "$(dsmq completion bash)"'),
+        (["zsh", "-f"], 'autoload -U compinit; compinit -D; eval "$(dsmq completion zsh)"'),
+    ],
+    ids=["bash", "zsh"],
+)
+def test_shell_completes_command(shell_environment: dict[str, str], shell: list[str], begin: str) -> None:
+    if not shutil.which(shell[0]):
+        pytest.skip(f"needs {shell[0]}")
+    master, slave = os.openpty()
+    with subprocess.Popen(
+        [*shell, "-i"], stdin=slave, stdout=slave, stderr=slave, env=shell_environment, start_new_session=True
+    ) as process:
+        os.close(slave)
+        shown = b""
+        try:
+            # Quoted so that the input that the terminal echoes differs from the output.
+            os.write(master, f"{begin}\necho rea''dy\n".encode())
+            for text, then in ((b"ready", b"dsmq sto\t"), (b"dsmq stop ", b"")):
+                while text not in shown:
+                    shown += os.read(master, 4096)
+                os.write(master, then)
+        finally:
+            process.kill()
+            os.close(master)
+
+
+def test_fish_completes_command(shell_environment: dict[str, str]) -> None:
+    if not shutil.which("fish"):
+        pytest.skip("needs fish")
+    script = 'dsmq completion fish | source; complete --do-complete "dsmq sto"'
+    command = ["fish", "--no-config", "-c", script]
+    assert subprocess.check_output(command, env=shell_environment, timeout=SOON, text=True) == "stop\n"
 
 
 def test_completion_without_its_library_is_reported(tmp_path: Path) -> None:

@@ -533,6 +533,7 @@ def test_close_waits_at_most_for_the_timeout(server: Server) -> None:
         mq.close()
 
 
+@pytest.mark.embedded("a server that is not shared")
 def test_job_of_another_server_is_lost(caplog: pytest.LogCaptureFixture) -> None:
     with serving() as first, serving() as second, connect(port=second.port) as other:
         other.put("t", "y")
@@ -727,6 +728,7 @@ def test_asyncio_loop_that_is_left_gives_its_jobs_back(server: Server, mq: Clien
     run(server, scenario)
 
 
+@pytest.mark.embedded("a take that is answered within a few iterations of the event loop")
 def test_cancelled_asyncio_take_leaves_its_job_to_the_next(server: Server, mq: Client) -> None:
     """Cancelled after any number of iterations of the event loop."""
 

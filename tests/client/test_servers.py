@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ def pair(shared_node: Engine, request: pytest.FixtureRequest) -> Iterator[list[D
     settings = {"store": f"nats://{store}", "store_stream": f"s{abs(hash(request.node.nodeid))}", "store_replicas": 1}
     # A stream reserves this many bytes in the engine.
     settings |= {"max_stored_bytes": 10_000_000}
-    with ExitStack() as stack:
-        yield [stack.enter_context(daemon(**settings)) for _ in range(2)]
+    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+        # Both start at the same time.
+        yield list(pool.map(lambda _: stack.enter_context(daemon(**settings)), range(2)))
 
 
 def address(server: Any) -> str:
@@ -65,6 +66,20 @@ class Both:
             self._runner.close()
 
 
+@pytest.fixture
+def clients() -> Iterator[Callable[..., list[Both]]]:
+    """A function that makes a client of each kind."""
+    made: list[Both] = []
+
+    def make(*arguments: Any, **options: Any) -> list[Both]:
+        made.extend(Both(*arguments, is_async=is_async, **options) for is_async in (False, True))
+        return made[-2:]
+
+    yield make
+    for one in made:
+        one.close()
+
+
 @pytest.fixture(params=[False, True], ids=["blocking", "asyncio"])
 def client(request: pytest.FixtureRequest) -> Iterator[Callable[..., Both]]:
     made: list[Both] = []
@@ -78,24 +93,26 @@ def client(request: pytest.FixtureRequest) -> Iterator[Callable[..., Both]]:
         one.close()
 
 
-# A shared store
+# A shared store, and a pair of servers for clients of both kinds, each with a topic of its own
 
 
-def test_client_continues_at_other_server(pair: list[Daemon], client: Callable[..., Both]) -> None:
+def test_client_continues_at_other_server(pair: list[Daemon], clients: Callable[..., list[Both]]) -> None:
     states: list[str] = []
-    mq = client(addresses(pair), on_state_change=states.append)
-    other = client(list(reversed(addresses(pair))))
-    ids = [mq.put("t", str(number)) for number in range(10)]
-    assert [mq.get("t") for _ in range(5)] == ["0", "1", "2", "3", "4"]
-    assert [other.get("t") for _ in range(5)] == ["0", "1", "2", "3", "4"]
+    mqs = clients(addresses(pair), on_state_change=states.append)
+    others = clients(list(reversed(addresses(pair))))
+    used = list(zip(("t", "u"), mqs, others, strict=True))
+    ids = {topic: [mq.put(topic, str(number)) for number in range(10)] for topic, mq, _ in used}
+    for topic, mq, other in used:
+        assert [mq.get(topic) for _ in range(5)] == ["0", "1", "2", "3", "4"]
+        assert [other.get(topic) for _ in range(5)] == ["0", "1", "2", "3", "4"]
     pair[0].process.kill()
-    ids += mq.put_many("t", ["10", "11"])
-    ids.append(other.put("t", "12"))
-    assert [mq.get("t") for _ in range(9)] == [*map(str, range(5, 13)), ""]
-    assert [other.get("t") for _ in range(9)] == [*map(str, range(5, 13)), ""]
-    assert ids == sorted(set(ids))
+    for topic, mq, other in used:
+        ids[topic] += [*mq.put_many(topic, ["10", "11"]), other.put(topic, "12")]
+        assert [mq.get(topic) for _ in range(9)] == [*map(str, range(5, 13)), ""]
+        assert [other.get(topic) for _ in range(9)] == [*map(str, range(5, 13)), ""]
+        assert ids[topic] == sorted(set(ids[topic]))
+        assert (mq.missed, other.missed) == (0, 0)
     assert not {"replaced", "restarted", "given up"} & set(states)
-    assert (mq.missed, other.missed) == (0, 0)
 
 
 def test_clients_spread_over_the_servers(pair: list[Daemon]) -> None:
@@ -106,34 +123,37 @@ def test_clients_spread_over_the_servers(pair: list[Daemon]) -> None:
         assert all(server.metric("dsmq_connections") >= 1 for server in pair)
 
 
-def test_waiting_reader_continues_at_other_server(pair: list[Daemon], client: Callable[..., Both]) -> None:
-    mq = client(addresses(pair))
-    with connect(address(pair[1])) as writer:
+def test_waiting_reader_continues_at_other_server(pair: list[Daemon]) -> None:
+    def get(*, is_async: bool) -> object:
+        mq = Both(addresses(pair), is_async=is_async)
+        try:
+            return mq.get_wait("t", timeout=SOON)
+        finally:
+            mq.close()
 
-        def put_after_the_death() -> None:
-            wait_until(lambda: any(server.metric("dsmq_waiting_readers") for server in pair))
-            pair[0].process.kill()
-            writer.put("t", "x")
-
-        thread = threading.Thread(target=put_after_the_death)
-        thread.start()
-        assert mq.get_wait("t", timeout=SOON) == "x"
-        thread.join()
+    with connect(address(pair[1])) as writer, ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(get, is_async=is_async) for is_async in (False, True)]
+        wait_until(lambda: sum(server.metric("dsmq_waiting_readers") for server in pair) == 2)
+        pair[0].process.kill()
+        writer.put("t", "x")
+        assert [one.result(SOON) for one in found] == ["x", "x"]
 
 
-def test_client_leaves_frozen_server(pair: list[Daemon], client: Callable[..., Both]) -> None:
-    mq = client(address(pair[0]) + "," + address(pair[1]), timeout=10 * UNIT)
+def test_client_leaves_frozen_server(pair: list[Daemon], clients: Callable[..., list[Both]]) -> None:
+    mqs = clients(address(pair[0]) + "," + address(pair[1]), timeout=10 * UNIT)
     pair[0].signal(signal.SIGSTOP)
-    for number in range(3):
-        mq.put("t", str(number))
-    assert [mq.get("t") for _ in range(4)] == ["0", "1", "2", ""]
+    for topic, mq in zip(("t", "u"), mqs, strict=True):
+        for number in range(3):
+            mq.put(topic, str(number))
+        assert [mq.get(topic) for _ in range(4)] == ["0", "1", "2", ""]
 
 
-def test_client_leaves_stopped_server(pair: list[Daemon], client: Callable[..., Both]) -> None:
-    mq = client(addresses(pair))
+def test_client_leaves_stopped_server(pair: list[Daemon], clients: Callable[..., list[Both]]) -> None:
+    mqs = clients(addresses(pair))
     pair[0].stop()
-    mq.put("t", "x")
-    assert mq.get("t") == "x"
+    for topic, mq in zip(("t", "u"), mqs, strict=True):
+        mq.put(topic, "x")
+        assert mq.get(topic) == "x"
 
 
 @pytest.mark.embedded("a server that is not shared")

@@ -152,8 +152,8 @@ def test_scrape_with_100000_topics_is_fast() -> None:
             answer = Answer(server.http_port, "/metrics")
             seconds.append(time.process_time() - before)
             assert len(answer.body) < 200_000
-        # On an idle machine it takes half as long.
-        assert min(seconds) < 0.1
+        # On an idle machine it takes a sixth of that.
+        assert min(seconds) < 0.3
 
 
 def test_metrics_are_served_as_text(server: Server) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import trustme
 
-from conftest import CONNECTS, SOON, UNIT, Connect, blocked, run_dsmq, serving, tool, wait_until, wire_to
+from conftest import CONNECTS, SOON, UNIT, Connect, blocked, reload, run_dsmq, serving, tool, wait_until, wire_to
 from dsmq import aio
 from dsmq import settings as config
 from dsmq.client import DSMQClientSideConnection, connect
@@ -122,12 +122,13 @@ def test_old_versions_of_tls_are_refused(tls_server: Server, files: Files) -> No
 
 def test_stalled_handshake_times_out_and_affects_no_one(files: Files) -> None:
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(serving(tls_cert_file=files.server, auth_timeout_seconds=20 * UNIT))
+        server = stack.enter_context(serving(tls_cert_file=files.server, auth_timeout_seconds=600))
         silent, half = (stack.enter_context(wire_to(server)) for _ in range(2))
         half.send(bytes.fromhex("16030100c8010000c40303"))
         mq = stack.enter_context(connect(port=server.port, ca_file=files.ca))
         garbage = stack.enter_context(wire_to(server))
         garbage.send(b"GET / HTTP/1.1\r\n\r\n")
+        reload(server, auth_timeout_seconds=UNIT)
         for sock in (garbage, silent, half):
             with contextlib.suppress(ConnectionResetError):
                 while sock.socket.recv(4096):
@@ -143,14 +144,15 @@ def tls_to(server: Server, files: Files) -> ssl.SSLSocket:
 
 
 def test_idle_client_after_handshake_is_not_evicted(files: Files) -> None:
-    limits = {"auth_timeout_seconds": 20 * UNIT, "max_unauthenticated_connections": 1}
+    limits = {"auth_timeout_seconds": 600, "max_unauthenticated_connections": 1}
     with serving(tls_cert_file=files.server, **limits) as server, contextlib.ExitStack() as stack:
         idle = []
         for _ in range(3):
             idle.append(stack.enter_context(tls_to(server, files)))
             # The client's handshake ends before the server's.
             wait_until(lambda: server.context.usage.unauthenticated.total == 0)
-        time.sleep(22 * UNIT)
+        reload(server, auth_timeout_seconds=UNIT)
+        time.sleep(3 * UNIT)
         for sock in idle:
             sock.sendall(b"PING\r\n")
             assert sock.recv(100) == b"+PONG\r\n"

@@ -18,8 +18,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dsmq.errors import JobLost, ReplyError, StoreFailed
-from dsmq.store.api import Answer, Found, Outcome
-from dsmq.store.group import Group, HeldJob, Receipt
+from dsmq.store.api import Answer, Outcome
+from dsmq.store.group import HeldJob, Receipt
 from dsmq.store.groups import MAX_MOVED, MOVE_AGAIN_MS, Groups, Job, Source, Take, count_unmoved, failed_put
 from dsmq.store.nats_group_facts import GroupFacts, Key
 from dsmq.store.nats_group_plan import (
@@ -194,10 +194,6 @@ class NATSGroups(GroupFacts, Groups):
     def _begin(self, request: Take, now: int) -> SharedGroup:
         # All servers get it by the plan.
         return SharedGroup(request.key, request.group, request.selection, now)
-
-    def _next(self, group: Group, count: int, max_bytes: int, now: int) -> Found:  # noqa: ARG002
-        # Nothing is read in advance: a plan moves the position back if another server was first.
-        return self._read_next(group, count, max_bytes)
 
     def _fill(self, plan: Plan, asked: _Asked) -> bool:
         """Plan jobs for a request, and return True; False if it is answered otherwise. Raises ReplyError."""
