@@ -2,13 +2,14 @@
 
     from dsmq import connect, serve
 
-    serve(host="127.0.0.1", port=30008)         # a server, until it is stopped
+    serve(host="127.0.0.1", port=30008)         # runs a server until it is stopped
     mq = connect(host="127.0.0.1", port=30008)  # a client; for asyncio, see dsmq.aio
 
 Importing this package loads none of its modules; they are loaded on first use.
 """
 
-# Type checkers know this name; typing takes long to import. Not `False`, for which jedi would skip the imports below.
+# Type checkers recognise this name, and importing typing is slow. With a plain `False`, jedi would skip the imports
+# below.
 TYPE_CHECKING = bool()  # noqa: UP018
 if TYPE_CHECKING:
     from dsmq import aio, client, errors, server

@@ -1,7 +1,7 @@
 """The `dsmq` command, also `python -m dsmq`. Data goes to stdout, everything else to stderr (but see log_stream).
 
-Exit statuses: 0 done, 1 failed (no server, an error from it, the server can't start), 2 wrong usage or configuration,
-3 no message printed, 130 interrupted.
+Exit statuses: 0 success, 1 failure (no server, an error reply, the server can't start), 2 invalid usage or
+configuration, 3 no message printed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-# Other modules are imported in functions, so that only those needed are loaded, and Ctrl-C is handled meanwhile.
+# Other modules are imported in functions, so that each command loads only what it needs, and Ctrl-C is handled
+# meanwhile.
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -38,7 +39,7 @@ def _run(words: list[str]) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of the output, such as `head`, has exited.
+        # The program that reads the output, such as `head`, has exited.
         _discard_output()
         return FAILED
     except ConfigError as error:
@@ -73,7 +74,7 @@ def _report(error: Exception, status: int) -> int:
 
 
 def _prepare_streams() -> None:
-    # `>&-` in a shell closes a stream; the next socket would take its descriptor.
+    # If a stream is closed (`>&-` in a shell), the next socket would get its descriptor.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process runs
@@ -86,9 +87,9 @@ def _early_signals() -> None:
     """Handle signals while the server is still loading its modules."""
     from dsmq.system import has_terminal
 
-    # The first process of a container ignores signals for which it has no handler.
+    # As the first process of a container, it would ignore signals that it has no handler for.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(OK))
-    # Windows has no SIGHUP. nohup ignores it, which the server must still be able to detect later.
+    # Windows has no SIGHUP. If nohup ignores it, leave that alone, because the server checks for it later.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         had_terminal = has_terminal()
         # A reload request is ignored while the configuration is being loaded for the first time.

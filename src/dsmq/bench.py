@@ -31,10 +31,10 @@ class Figure(NamedTuple):
 
 
 def measure(client: Any, count: int, progress: Callable[[str], None]) -> Iterator[Figure]:
-    """Measure a client's `put` and `get` `count` times, less often with long messages; call `progress` with each name.
+    """Time `count` calls of `put` and `get`, fewer with long messages; call `progress` with the name of each test.
 
-    Uses its own topics, whose messages stay on the server until they expire. Raises DSMQError if a message does not
-    come back, and the client's errors.
+    Uses topics of its own, whose messages stay on the server until they expire. Raises DSMQError if a message does not
+    come back, and any error of the client.
     """
     topic = f"dsmq-bench-{secrets.token_hex(4)}"
     few = max(1, count // _SHORT_TO_LONG)

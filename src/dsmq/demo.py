@@ -1,4 +1,4 @@
-"""Runs a server, a writer and two readers, each of which gets every message."""
+"""Runs a server, a writer, and two readers that each get every message."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def main(messages: int = 5, pause: float = 0.5) -> None:
 
 @contextmanager
 def _server(host: str) -> Iterator[None]:
-    # Settings meant for another server don't apply to the demo's.
+    # Settings for another server must not apply to the demo's server.
     env = environment.without_settings()
     # A process group of its own, so that Ctrl-C interrupts only this process.
     command = [sys.executable, *SERVER, "--host", host]

@@ -29,7 +29,7 @@ TOPIC = "greetings"
 # How long the cluster may take to start or elect a leader, even on a busy machine.
 PATIENCE_SECONDS = 60.0
 POLL_SECONDS = 0.05
-# Signals that end the demo and its processes, as Ctrl-C does.
+# Like Ctrl-C, these signals end the demo and its processes.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -48,7 +48,7 @@ def main(messages: int = 5, pause: float = 0.3) -> None:
     Raises StartupError if a package is missing, ServerFailed if a process dies or a message is lost.
     """
     binary = find_nats_server()
-    # Otherwise the client would warn about the lost server, which the demo announces itself.
+    # The client would warn about the lost server, which the demo reports itself.
     logging.getLogger("dsmq").setLevel(logging.ERROR)
     with _exiting_on_signals(), TemporaryDirectory(prefix="dsmq-demo-") as folder, ExitStack() as stack:
         print("starting three NATS nodes, and two dsmq servers in front of them", flush=True)
@@ -151,7 +151,7 @@ class Traffic:
     def __init__(self, cluster: Cluster, stack: ExitStack) -> None:
         """Start the servers, and connect."""
         self._cluster = cluster
-        # A client of several servers chooses one at random, so only server 1 is started first.
+        # A client with several servers chooses one at random, so start only server 1 first.
         cluster.start_server(SERVERS[0])
         self._writer = stack.enter_context(cluster.connect(*SERVERS))
         cluster.start_server(SERVERS[1])

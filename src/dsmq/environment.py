@@ -1,6 +1,6 @@
 """Reads environment variables and the configuration file, for the server and the command line.
 
-Imports only the standard library, so that the client commands start fast.
+Imports only the standard library, so that client commands start fast.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 
 from dsmq.errors import ConfigError
 
-# Settings and token files are shorter; this guards against files such as /dev/zero.
+# Configuration and token files are shorter; this guards against files such as /dev/zero.
 _MAX_TEXT_BYTES = 1_048_576
 PREFIX = "DSMQ_"
-# Variables that are not settings: the configuration file, and the servers that clients connect to.
+# Variables that are not settings: the path of the configuration file, and the servers that clients connect to.
 _OTHERS = ("config", "server")
 # Variables that `dsmq work` sets for its command, which may use this package, too.
 _OF_JOBS = ("topic_name", "job_id", "attempt")
@@ -44,7 +44,7 @@ _LINKS = re.compile(
 def settings() -> dict[str, str]:
     """Return the names of all settings, with their docstrings.
 
-    They are read from the source of `dsmq.settings`, because importing it takes longer than a client command runs.
+    They are read from the source of `dsmq.settings`, because importing it takes longer than running a client command.
     """
     module = ast.parse(pkgutil.get_data("dsmq", "settings.py") or b"")
     (found,) = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "Settings"]
@@ -56,7 +56,7 @@ def settings() -> dict[str, str]:
 
 
 def read(file: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the settings in a TOML file and the environment, and the source of each for error messages.
+    """Return the settings in a TOML file and the environment, and each one's source, for error messages.
 
     By default, the file is the one named by DSMQ_CONFIG, if any. Raises ConfigError.
     """
@@ -74,7 +74,7 @@ def read(file: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _variables() -> dict[str, str]:
-    """Return dsmq's environment variables by setting name, ignoring case, empty ones and service links."""
+    """Return dsmq's environment variables by setting name; ignore case, empty variables and service links."""
     found: dict[str, str] = {}
     for variable, value in sorted(os.environ.items()):
         name = variable[len(PREFIX) :].lower()

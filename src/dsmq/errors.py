@@ -11,8 +11,8 @@ from typing import ClassVar
 class DSMQError(Exception):
     """Base class of dsmq's errors.
 
-    If `put_many` raises it, stored_before and stored_after are the numbers of messages stored before and after the one
-    that failed.
+    If `put_many` raises it, stored_before and stored_after count the messages stored before and after the one that
+    failed.
     """
 
     stored_before = 0
@@ -96,7 +96,7 @@ class Full(ReplyError, code="FULL"):
 
 
 class Forgotten(ReplyError, code="FORGOTTEN"):
-    """The server no longer remembers whether a retried put was stored; it did not store it now."""
+    """The server no longer remembers whether a retried put was stored, and did not store it now."""
 
 
 class WrongEpoch(ReplyError, code="EPOCH"):

@@ -1,4 +1,4 @@
-"""The log of a server. Repeated lines are limited, and logging never blocks a thread."""
+"""A server's log. The rate of repeated lines is limited, and logging never blocks a thread."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dsmq.terminal import LineFormatter, as_json
 
 # Further lines are dropped and counted.
 MAX_QUEUED_LINES = 10_000
-# How long a server or process waits for its log to be written before it ends.
+# How long a server or process that ends waits for its log to be written.
 DRAIN_SECONDS = 1.0
 # The file, line and level of a logging call.
 _Call = tuple[str, int, int]
@@ -81,14 +81,14 @@ def _is_journal(stream: io.TextIOBase) -> bool:
 class BackgroundStream(io.TextIOBase):
     """A text stream that never blocks its writers: a daemon thread writes to the stream below.
 
-    Otherwise a pipe that nobody reads would block every thread that logs. The daemon thread writes to the file
-    descriptor, because Python locks a standard stream at exit, and a blocked write holds that lock. QueueListener from
-    the standard library does not help: its stop() waits for a blocked write without a timeout.
+    Otherwise, a pipe that nobody reads would block every thread that logs. The daemon thread writes to the file
+    descriptor, because Python locks a standard stream at exit, and a blocked write would hold that lock. The standard
+    library's QueueListener does not help, because its stop() waits for a blocked write without a timeout.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        # A replacement of a standard stream, such as a notebook's, may not write to its file descriptor.
+        # If a standard stream was replaced, for example by a notebook, it may not write to its file descriptor.
         self._descriptor = stream.fileno() if stream in (sys.__stdout__, sys.__stderr__) else None
         self._dropped = 0
         self._is_broken = False
@@ -117,14 +117,14 @@ class BackgroundStream(io.TextIOBase):
         return len(text)
 
     def take_dropped(self) -> int:
-        """Return the number of lines dropped since the last call; 0 while a report of them would be dropped too."""
+        """Return the number of lines dropped since the last call; 0 while a report of them would be dropped, too."""
         if self._is_broken or self._queue.qsize() >= MAX_QUEUED_LINES:
             return 0
         dropped, self._dropped = self._dropped, 0
         return dropped
 
     def drain(self) -> None:
-        """Wait until everything has been written, for DRAIN_SECONDS at most; only once if that is not enough."""
+        """Wait up to DRAIN_SECONDS until everything has been written; if that is not enough, don't wait again."""
         if self._process is process():
             written = threading.Event()
             self._queue.put(written)
@@ -159,7 +159,7 @@ class BackgroundStream(io.TextIOBase):
 
 
 class Handler(logging.StreamHandler[BackgroundStream]):
-    """Writes up to `rate` lines a second for each logging call, and counts the rest."""
+    """Writes up to `rate` lines per second for each logging call, and counts the rest."""
 
     def __init__(self, stream: BackgroundStream, rate: int, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(stream)
@@ -168,7 +168,7 @@ class Handler(logging.StreamHandler[BackgroundStream]):
         self._began = clock()
         # Lines per call in the current second.
         self._lines: Counter[_Call] = Counter()
-        # For each call, the number of lines suppressed since the last summary, and the last of them.
+        # For each call, the number of lines suppressed since the last summary, and the last such line.
         self._suppressed: dict[_Call, tuple[int, logging.LogRecord]] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -213,7 +213,7 @@ def _in_background(stream: TextIO | BackgroundStream) -> BackgroundStream:
 
 
 def drain() -> None:
-    """Wait until the log has been written, for DRAIN_SECONDS at most."""
+    """Wait up to DRAIN_SECONDS until the log has been written."""
     for handler in _handlers():
         handler.stream.drain()
 
@@ -227,7 +227,7 @@ def never_block() -> None:
 
 
 def start(level: str = "info", format: str = "auto", stream: str = "stderr", rate: int = 10) -> None:  # noqa: A002
-    """Log dsmq's messages to stderr or stdout, replacing an earlier configuration; other loggers are not touched.
+    """Log dsmq's messages to stderr or stdout, replacing an earlier configuration; leave other loggers alone.
 
     level, format and stream are values of log_level, log_format and log_stream; rate is max_log_lines_per_second.
     """

@@ -47,7 +47,7 @@ from dsmq.threads import join, start, wait_until
 if TYPE_CHECKING:
     from dsmq.ops.http import HTTPEndpoint
 
-# How often the main thread checks the others, and how long a reload waits for them.
+# How often the main thread checks the other threads, and how long a reload waits for them.
 WATCH_SECONDS = 1.0
 
 # Not __name__, which is __main__ if this module runs as a script.
@@ -78,14 +78,14 @@ def serve(
 
 
 def run(settings: Settings, load: Callable[[], Settings] | None = None, systemd: Systemd | None = None) -> None:
-    """Serve as `serve` does, with these settings. Raises StartupError, ConfigError or ServerFailed.
+    """Serve with these settings, like `serve`. Raises StartupError, ConfigError or ServerFailed.
 
-    On SIGHUP, `load` returns the new settings; without it, that signal is left alone. `systemd` has the sockets that
-    systemd passed, if any, and is notified of the server's state.
+    On SIGHUP, `load` is called for the new settings; without it, the signal is left alone. `systemd` has the sockets
+    that systemd passed, if any, and is notified of the server's state.
     """
     server = Server(settings, load=load, systemd=systemd)
     try:
-        # Handlers first: a signal may arrive as soon as the log says that the server is running.
+        # Install the handlers first: a signal may arrive as soon as the log says that the server is running.
         with signals.handled(server.request_stop, server.request_reload if load else None), server:
             server.run()
     finally:
@@ -98,8 +98,8 @@ class Server:
 
         with Server(port=0) as server, connect(port=server.port) as mq:  # 0: any free port
 
-    Its threads: an EventLoop for each of io_threads, Expiry, a Snapshotter if there is a snapshot interval, and an
-    HTTPEndpoint for each of its addresses. Each part has `thread`, `start` and `stop`; `_end_threads` stops them.
+    Its threads are an EventLoop for each of io_threads, Expiry, a Snapshotter if there is a snapshot interval, and an
+    HTTPEndpoint for each HTTP address. Each part has `thread`, `start` and `stop`; `_end_threads` stops them.
     """
 
     @list_options
@@ -114,8 +114,8 @@ class Server:
     ) -> None:
         """Take either `settings` or options. `load` returns new settings for a reload.
 
-        Raises StartupError if the system lacks what a server needs, ConfigError if a setting is invalid, or a file of
-        tokens or certificates can't be used.
+        Raises StartupError if the system lacks a feature that a server needs, and ConfigError if a setting is invalid,
+        or if a file of tokens or certificates can't be used.
         """
         settings = either(settings, options)
         if missing := system.lacking():
@@ -149,7 +149,7 @@ class Server:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        # A second Ctrl-C may come before the server has begun to stop after the first.
+        # A second Ctrl-C may arrive before the server has begun to stop after the first.
         self.stop(abandon=self.status.stopping and isinstance(error, KeyboardInterrupt))
 
     @property
@@ -172,8 +172,8 @@ class Server:
     def start(self) -> None:
         """Listen, and serve in the server's own threads.
 
-        Raises StartupError, or ConfigError if other machines could connect without authentication; then nothing is
-        left behind.
+        Raises StartupError, or ConfigError if other machines could connect without authentication. In that case,
+        nothing is left behind.
         """
         system.raise_malloc_threshold()
         with ExitStack() as undo:
@@ -202,7 +202,7 @@ class Server:
 
     def _listen(self) -> None:
         settings, passed = self.context.settings, self._systemd.queue
-        # Sockets that systemd passed outlive the server, and so do their files.
+        # Sockets that systemd passed, and their files, outlive the server.
         close = socket.socket.close if passed else listening.close
         sockets = passed or listening.listen(settings.host, settings.port, settings.listen_backlog)
         self._listeners = [Listener(sock, self._admission.assign, close) for sock in sockets]
@@ -211,7 +211,7 @@ class Server:
     def _listen_for_http(self) -> None:
         settings, passed = self.context.settings, self._systemd.queue
         close = socket.socket.close if passed else listening.close
-        # If systemd passes the sockets, the process may have no network access to open others.
+        # If systemd passes the sockets, the process may have no network access, and can't open others.
         sockets = self._systemd.metrics
         if not passed and settings.http_port != "off":
             sockets = listening.listen(settings.http_host, settings.http_port, 16, "http-")
@@ -293,7 +293,7 @@ class Server:
         self._apply(new.model_copy(update={name: getattr(before, name) for name in RESTART_REQUIRED}))
         logging.getLogger("dsmq").setLevel(new.log_level.upper())
         calls = [(worker, worker.apply_settings) for worker in self._workers]
-        # Wait, so that the settings are in effect once they are logged.
+        # Wait, so that the settings are in effect when they are logged.
         _call_in_loops(calls, time.monotonic() + WATCH_SECONDS)
         reports.log_reload(before, new, RESTART_REQUIRED, access_before, access)
         self._log_configuration()
@@ -306,7 +306,7 @@ class Server:
     # Stop
 
     def stop(self, *, abandon: bool = False) -> list[str]:
-        """Stop in stages, within stop_timeout_seconds; return the names of threads that survived.
+        """Stop in stages, within stop_timeout_seconds; return the names of the threads that are still running.
 
         Idempotent. `abandon`, or a KeyboardInterrupt during the stop, skips the remaining stages, including the last
         snapshot.
@@ -343,7 +343,7 @@ class Server:
         return []
 
     def _abandon(self) -> list[str]:
-        """Skip the remaining stages of a stop; repeating those already done takes no time."""
+        """Skip the remaining stages of a stop. Stages that are done may be repeated, which takes no time."""
         _logger.warning("interrupted: stopping at once", extra=logs.event("stop_interrupted"))
         survivors = self._end_threads(time.monotonic())
         if self._snapshotter:
@@ -353,7 +353,7 @@ class Server:
         return survivors
 
     def _end_threads(self, deadline: float) -> list[str]:
-        """End all threads, without waiting for the snapshotter yet; return the names of those that survive."""
+        """End all threads, without waiting for the snapshotter yet; return the names of those still running."""
         if self._workers and self._workers[0].thread.is_alive():
             calls = [(self._workers[0], listener.stop_accepting) for listener in self._listeners]
             _call_in_loops(calls, deadline)
@@ -369,7 +369,7 @@ class Server:
             self._snapshotter.stop()
         for thread in (*(worker.thread for worker in self._workers), self._expiry.thread):
             join(thread, deadline)
-        # Until now, /readyz has reported that the server is stopping.
+        # Until here, /readyz has reported that the server is stopping.
         for endpoint in self._http_endpoints:
             endpoint.stop()
             join(endpoint.thread, deadline)
@@ -377,7 +377,7 @@ class Server:
         return [part.thread.name for part in self._parts() if part is not self._snapshotter and part.thread.is_alive()]
 
     def _parts(self) -> list[EventLoop | Expiry | Snapshotter | HTTPEndpoint]:
-        """Return everything that has a thread."""
+        """Return all parts that have a thread."""
         snapshotter = [self._snapshotter] if self._snapshotter and self._snapshotter.interval else []
         return [*self._workers, self._expiry, *snapshotter, *self._http_endpoints]
 
@@ -401,7 +401,7 @@ def _wake_readers(workers: Sequence[EventLoop], topics: set[bytes]) -> None:
 
 
 def _disconnect_clients(workers: Sequence[EventLoop], reason: str) -> None:
-    """Hang up without a notice, which would mean that unanswered puts are not stored."""
+    """Disconnect clients without a notice, which would mean that unanswered puts are not stored."""
     if connections := sum(len(worker.connections) for worker in workers):
         about = logs.event("disconnecting", connections=connections, reason=reason)
         _logger.info("disconnecting %d clients: %s", connections, reason, extra=about)
@@ -410,7 +410,7 @@ def _disconnect_clients(workers: Sequence[EventLoop], reason: str) -> None:
 
 
 def _call_in_loops(calls: Sequence[tuple[EventLoop, Callable[[], None]]], deadline: float) -> None:
-    """Run each call in the thread of its event loop, and wait until all are done, or until the deadline."""
+    """Run each call in its event loop's thread, and wait until all are done, or until the deadline."""
     pending = set(calls)
     for call in calls:
         call[0].post(call[1])
@@ -418,7 +418,7 @@ def _call_in_loops(calls: Sequence[tuple[EventLoop, Callable[[], None]]], deadli
     wait_until(lambda: not pending, deadline)
 
 
-# The started servers, whose sockets a forked process closes.
+# Running servers; a forked process closes its copies of their sockets.
 _servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 

@@ -14,7 +14,7 @@ from dsmq.terminal import quoted
 from dsmq.tokens import check_token
 from dsmq.wire.addresses import UNIX, host_names, parse_endpoint, parse_store
 
-# Shown in the example file, because the default has no tables.
+# For the example file, because the default has no tables.
 EXAMPLE_TOPIC = """#
 #   [[topic]]
 #   pattern = "camera/*"

@@ -1,4 +1,4 @@
-"""The settings: each is defined once, in `Settings`, with its unit, default, bounds and reason.
+"""The settings. Each is defined once, in `Settings`, with its unit, default, bounds and description.
 
 Sources, in ascending order of precedence: defaults, the TOML file, the environment (`DSMQ_` and the name in capitals),
 the command line.
@@ -272,7 +272,7 @@ def load(
     """
     values, sources = environment.read(file)
     if (given.get("store") or values.get("store")) and sources.get("snapshot_file", "").startswith(environment.PREFIX):
-        # The container image and the systemd unit set these for a store in memory.
+        # The container image and the systemd unit set these, for a store in memory.
         for name in ("snapshot_file", "snapshot_interval_seconds"):
             values.pop(name, None)
     sources |= {name: name_of(name) for name in given}
@@ -282,7 +282,7 @@ def load(
         raise ConfigError("; ".join(_explain(error, sources))) from None
 
 
-# The headings of the groups of settings, by each group's first setting.
+# The heading above each group of settings, by the group's first setting.
 SUBJECTS = {
     "host": "Listening",
     "protected_mode": "Authentication and TLS",

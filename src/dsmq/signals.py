@@ -15,7 +15,7 @@ from dsmq.system import has_terminal
 def handled(stop: Callable[[str], None], reload: Callable[[], None] | None) -> Iterator[None]:
     """Call `stop` on SIGTERM or SIGINT; raise KeyboardInterrupt on SIGINT if it has been called.
 
-    SIGHUP calls `reload`; or `stop`, if the process had a terminal that has been closed, unless nohup started it.
+    SIGHUP calls `reload`, or `stop` if the process had a terminal that has been closed, unless nohup started it.
     Without `reload`, SIGHUP is left alone. Does nothing outside the main thread.
     """
     if threading.current_thread() is not threading.main_thread():

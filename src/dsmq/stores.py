@@ -17,7 +17,7 @@ from dsmq.store.snapshots import Snapshotter
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.addresses import parse_store
 
-# How often to check whether the store is ready, and whether to stop; how often to log why it is not ready.
+# How often to check whether the store is ready and whether to stop, and how often to log why it is not ready.
 CHECK_SECONDS, PROGRESS_SECONDS = 0.1, 5.0
 
 _logger = logging.getLogger("dsmq.server")

@@ -11,10 +11,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import cache, partial
 
-# File descriptors reserved for purposes other than connections, and the limit to request if the hard one is unlimited.
+# File descriptors reserved for purposes other than connections, and the limit to request if the hard limit is infinite.
 _RESERVED_FILES = 64
 _MAX_FILES = 1_048_576
-# The controlling terminal of the process that opens it.
+# Opens the process's controlling terminal.
 _TERMINAL = "/dev/tty"
 # Linux 4.14 or later; Python does not define it.
 _MADV_WIPEONFORK = 18
@@ -34,7 +34,7 @@ CLOCK_BOOTTIME on Linux; the monotonic clocks of macOS and Windows include it an
 
 
 def _process_token() -> Callable[[], object]:
-    """Return `process`, which works even if a fork runs none of Python's hooks."""
+    """Return the function `process`, which works even if a fork runs none of Python's hooks."""
     try:
         import mmap  # noqa: PLC0415 - not everywhere
 
@@ -48,7 +48,7 @@ def _process_token() -> Callable[[], object]:
 
     def token() -> object:
         nonlocal current
-        # 0 at first, and again in a forked child.
+        # The memory is 0 at first, and again in a forked child.
         if not page[0]:
             current = object()
             page[0] = 1
@@ -60,15 +60,15 @@ def _process_token() -> Callable[[], object]:
 process = _process_token()
 """Return an object that identifies this process; a forked child gets a different one."""
 LONG_YIELD_SECONDS = 0.001
-"""If a yield takes longer, the processor is shared with CPU-bound programs, and sleeping is better."""
+"""If a yield takes longer than this, CPU-bound programs share the processor, and sleeping is better."""
 LONG_YIELD_PAUSE_SECONDS = 0.1
 """How long to sleep instead of yielding: the kernel favours threads that slept."""
 LONG_MESSAGE_BYTES = 65_536
-"""The size from which messages justify `raise_malloc_threshold`."""
+"""Messages of this size or more justify `raise_malloc_threshold`."""
 
 
 def lacking() -> list[str]:
-    """Return the features that a server needs and this system lacks, as Windows does."""
+    """Return the features that a server needs but this system, such as Windows, lacks."""
     from importlib.util import find_spec  # noqa: PLC0415 - the client, which loads this module too, does not need it
 
     modules = [name for name in ("fcntl", "resource") if find_spec(name) is None]
@@ -121,7 +121,7 @@ def allow_more_files() -> None:
     import resource  # noqa: PLC0415 - Windows has none
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # The kernel may allow less than the hard limit: macOS reports no limit but allows about 10,000.
+    # The kernel may allow less than the hard limit: macOS reports no limit, but allows about 10,000.
     wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else hard
     while soft == resource.RLIM_INFINITY or soft < wanted:
         try:

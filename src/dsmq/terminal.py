@@ -1,4 +1,4 @@
-"""Escapes text so that clients can't use it to control terminals or forge log lines."""
+"""Escapes text, so that clients can't control terminals or forge log lines with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starts threads, and waits for them in a way that Ctrl-C can interrupt."""
+"""Starts threads, and waits for them so that Ctrl-C can interrupt the wait."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 
 from dsmq.errors import StartupError
 
-# Each stage of a stop gets at least this long, even if the stages before have used up the time.
+# Each stage of a stop gets at least this long, even if earlier stages have used up the time.
 MIN_STAGE_SECONDS = 0.2
 _POLL_SECONDS = 0.005
 
@@ -23,7 +23,7 @@ class Startable(Protocol):
 def wait_until(condition: Callable[[], bool], deadline: float) -> None:
     """Poll until the condition holds, or until the deadline, but for at least MIN_STAGE_SECONDS.
 
-    Does not wait for a lock: a signal that arrives just before the wait would take effect only after it.
+    It does not wait for a lock, because a signal that arrives just before would take effect only after the wait.
     """
     deadline = max(deadline, time.monotonic()) + MIN_STAGE_SECONDS
     while not condition() and time.monotonic() < deadline:
@@ -39,7 +39,7 @@ def join(thread: threading.Thread, deadline: float) -> None:
 
 
 def start(parts: Iterable[Startable]) -> None:
-    """Start parts that have threads. Raises StartupError if the system allows no more threads."""
+    """Start the threads of these parts. Raises StartupError if the system allows no more threads."""
     try:
         for part in parts:
             part.start()

@@ -266,6 +266,9 @@ class Rabbit:
         try:
             for method, _, body in self.channel.consume(topic, inactivity_timeout=0.2):
                 if method is None:
+                    # Nothing has arrived for a while, perhaps because the machine is busy.
+                    if self.channel.queue_declare(topic, passive=True).method.message_count:
+                        continue
                     break
                 yield body.decode()
                 self.channel.basic_ack(method.delivery_tag)

@@ -883,7 +883,7 @@ def page_bytes(store: ClockedStore) -> int:
     "size", [0, 100, 500, 1000, 1300, 1400, 1700, 2000, 2100, 2500, 3000, 3500, 4100, 5000, 6200, 8300, 10_000, 20_000]
 )
 def test_database_stays_below_limit_on_bytes(clock: Clock, size: int, topics: int) -> None:
-    limit = 8_000_000
+    limit = 5_000_000
     with closing(ClockedStore(10**9, clock, Limits(max_stored_bytes=limit))) as store:
         with pytest.raises(Full):
             fill(store, clock, size, topics)

@@ -1,1 +1,1 @@
-"""The event loops, their connections, and the commands."""
+"""Event loops, connections and commands."""

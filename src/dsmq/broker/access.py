@@ -40,7 +40,7 @@ class Access:
             token = token_files.read_tokens(settings.http_token_file)[0][2]
         http_authenticator = HTTPAuthenticator(token.encode(), host_names(settings.http_allowed_hosts))
         tls, files = None, (settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
-        # Taken before the files are read, so that the next reload detects a change in between.
+        # Read before the files, so that the next reload detects a change made while they are read.
         modified = tuple(os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files)
         if settings.tls_cert_file:
             from dsmq.wire.tls import server_context  # noqa: PLC0415 - a server without TLS needs none of it
@@ -52,13 +52,13 @@ class Access:
 
     @property
     def connection_rules(self) -> tuple[bool, str]:
-        """The rules that existing connections depend on: if they change, a reload disconnects them."""
+        """The rules that open connections depend on: a reload that changes these disconnects them."""
         return self.tls is not None, self.client_ca_file
 
     def may_show_messages(self, *, is_open: bool) -> bool:
         """Return whether the HTTP endpoint may show messages to its authorized clients.
 
-        `is_open`: only programs on this machine can reach it, and all of them can connect to the server as clients
+        `is_open`: the endpoint can be reached only from this machine, where any program can connect to the server
         anyway.
         """
         if self.http_authenticator.token:

@@ -84,12 +84,12 @@ class Admission:
             sock.shutdown(socket.SHUT_WR)
         except OSError as gone:
             _logger.debug("%s disconnected before it was refused: %s", name, gone)
-        # Closing it now would reset the connection while the client sends its handshake, and lose the reply.
+        # Closing now would reset the connection while the client is sending its handshake, and the reply would be lost.
         self._refused.append((time.monotonic() + LINGER_SECONDS, sock))
         self.close_refused()
 
     def close_refused(self, keep: int = MAX_REFUSED) -> None:
-        """Close refused connections after LINGER_SECONDS, and the oldest ones beyond `keep`. Thread-safe."""
+        """Close refused connections after LINGER_SECONDS; beyond `keep`, close the oldest. Thread-safe."""
         now = time.monotonic()
         with suppress(IndexError):
             while len(self._refused) > keep or self._refused[0][0] <= now:

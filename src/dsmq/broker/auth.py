@@ -14,7 +14,7 @@ from functools import lru_cache
 DEFAULT_USER = b"default"
 """The user that matches any token."""
 _HOST = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::[0-9]*)?")
-# Loopback names in /etc/hosts of common systems. Nobody can register these.
+# Names for loopback in /etc/hosts of common systems. Nobody can register them as domains.
 _LOOPBACK_NAMES = frozenset(
     ("localhost", "localhost.localdomain", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback")
 )
@@ -48,7 +48,7 @@ class Authenticator:
         """Return the token that a client sent, if it is valid."""
         digest = _digest(token)
         found = None
-        # Compare all tokens, each in constant time, so that the duration reveals nothing.
+        # Compare with all tokens, each in constant time, so that the timing reveals nothing.
         for known in self.tokens:
             if hmac.compare_digest(known.digest, digest) and user in (DEFAULT_USER, known.name.encode()):
                 found = known
@@ -81,7 +81,7 @@ class HTTPAuthenticator:
     def accepts_host(self, host: str) -> bool:
         """Check a Host header: an IP address, a loopback name, or one of the names, with any port.
 
-        A web page that makes its own name resolve to this machine (DNS rebinding) can send only that name.
+        A web page whose host name resolves to this machine (DNS rebinding) can only send that name.
         """
         match = _HOST.fullmatch(host.strip().lower())
         name = match[1].removesuffix(".") if match else ""
@@ -98,7 +98,7 @@ def _is_address(name: str) -> bool:
 
 @lru_cache(_MAX_CACHED_ADDRESSES)
 def client_key(host: str) -> str:
-    """Return an IPv4 address, or an IPv6 address's /64 network, because one client may use all of it."""
+    """Return an IPv4 address, or the /64 network of an IPv6 address, because one client may own the whole network."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

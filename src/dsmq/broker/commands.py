@@ -22,10 +22,10 @@ from dsmq.wire.resp import Encoded, encode_array, encode_integer, encode_null, e
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
 
-# Redis's names for commands of these roles.
+# Redis's categories for the commands of each role.
 _FLAGS = {Role.NOBODY: "no_auth", Role.READ: "readonly", Role.WRITE: "write", Role.ADMIN: "admin"}
 
-# An argument, or a pair of brackets with its contents, including nested pairs.
+# An argument, or brackets and their contents, including nested brackets.
 _ARGUMENT = re.compile(r"(?:\[(?:[^\[\]]|\[[^\[\]]*\])*\]|\S+)(?: \.\.\.)?")
 
 Handler: TypeAlias = "Callable[[Connection, list[bytes]], Encoded | None]"
@@ -39,7 +39,7 @@ class Command:
     """The arguments, as in PROTOCOL.md: words in brackets are optional, and `...` repeats the previous word."""
     summary: str = ""
     role: Role = Role.READ
-    """The lowest role that may run it."""
+    """The lowest role that may run the command."""
     parse: Callable[[Connection, list[bytes]], Any] = lambda _client, _request: None
     """Raises if the arguments are invalid. Between MULTI and EXEC, checks each request before it is queued."""
     min_args: int = field(init=False)
@@ -70,7 +70,8 @@ class CommandTable:
 
     all: dict[bytes, Command]
     by_role: dict[Role, dict[bytes, Command]]
-    """The commands that may run without further checks. Those of an unauthenticated client are checked one by one."""
+    """The commands that may run without further checks. Unauthenticated clients have none: each of their commands is
+    checked."""
     queued: dict[Role, dict[bytes, Command]]
     """The same, between MULTI and EXEC."""
 
@@ -100,8 +101,8 @@ def _describe_commands(client: Connection, request: list[bytes]) -> bytes:
 def _info(command: Command) -> bytes:
     """Describe a command as Redis 7 does.
 
-    Name, arity (including the name; negative if it is a minimum), flags, first key, last key, step, and lists of
-    categories, tips, key specifications and subcommands. No argument is a key, because cluster clients hash keys.
+    Name, arity (including the name; negative for a minimum), flags, first key, last key, step, and lists of categories,
+    tips, key specifications and subcommands. No argument is declared as a key, because cluster clients hash keys.
     """
     arity = command.min_args + 1 if command.min_args == command.max_args else -(command.min_args + 1)
     return encode_value(2, [command.name.lower().encode(), arity, [_FLAGS[command.role]], 0, 0, 0, [], [], [], []])

@@ -87,7 +87,7 @@ class Connection:
 
     @property
     def unauthenticated(self) -> bool:
-        """Whether it still has to send a token or finish the TLS handshake."""
+        """Whether the client still has to send a token or finish the TLS handshake."""
         return self.login.role is Role.NOBODY or self.state is HANDSHAKE
 
     @property
@@ -151,7 +151,7 @@ class Connection:
 
     def _start_after(self, start_id: int | ReplyError) -> None:
         if isinstance(start_id, ReplyError):
-            # Without an error reply, so that the client tries another server.
+            # Send no error reply, so that the client tries another server.
             self.close(str(start_id))
         elif not self.closed:
             self.start_id = start_id
@@ -224,13 +224,13 @@ class Connection:
     def drain(self) -> None:
         """Reply to a waiting read and pending puts, and finish, because the server is stopping.
 
-        A client that requested notices gets one after its last reply: puts without a reply before it are not stored.
+        A client that requested notices gets one after its last reply: puts without a reply by then are not stored.
         """
         self.transport.linger_seconds = LINGER_SECONDS_AT_STOP
         self._stop(ShuttingDown("the server is stopping"))
 
     def disconnect(self, reason: str) -> None:
-        """Finish, because the rules by which the client was admitted have changed."""
+        """Finish, because the rules under which the client was admitted have changed."""
         self.login.role = Role.NOBODY
         error = AuthRequired(reason)
         self.log_rejected(error)
@@ -246,16 +246,16 @@ class Connection:
             self.end(error)
 
     def reject(self, error: ReplyError) -> None:
-        """Reply with an error after which no further request can run, and close."""
+        """Reply with an error that ends the connection, and close."""
         self.log_rejected(error)
         self.fail(error)
         self.finish()
 
     def end(self, error: ReplyError) -> None:
-        """Close for a reason other than a request.
+        """Close for a reason that is unrelated to a request.
 
-        Redis clients crash on unsolicited errors, or take them for the reply to their next request. So the error is
-        sent only to clients that requested notices, or as the reply to a request that has not run.
+        Redis clients crash on unsolicited errors, or mistake them for the reply to their next request. So the error is
+        sent only if the client requested notices, or as the reply to a request that has not run.
         """
         if self.notices or self.reads.pending is not None or not self.requests.is_empty:
             self.reads.end()
@@ -266,7 +266,7 @@ class Connection:
         _logger.info("%r: %s %s", self, error.code, error, extra=self.event("rejected", code=error.code))
 
     def on_failure(self, *, in_request: bool = False) -> None:
-        """Close only this connection after a defect; if it occurred in a request, reply to that first."""
+        """Close only this connection after a defect; if the defect occurred in a request, reply to it first."""
         _logger.exception("%r: dropped after a defect", self, extra=self.event("defect"))
         self.counters.failures += 1
         self.reads.end()

@@ -36,7 +36,7 @@ class Histogram:
         self.sum += other.sum
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Return upper bounds and the number of values up to each, as Prometheus requires."""
+        """Return the upper bounds, each with the number of values up to it, as Prometheus requires."""
         total, found = 0, []
         for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
             total += count
@@ -58,7 +58,7 @@ class Counters:
     failures: int = 0
     wrong_tokens: int = 0
     commands: dict[str, int] = field(default_factory=dict)
-    """Requests by command. All commands are present from the start; requests for unknown ones are in `errors`."""
+    """Requests by command. All commands are present from the start; unknown commands are counted in `errors`."""
     errors: Counter[str] = field(default_factory=Counter)
     """Error replies by code."""
     puts_refused: Counter[str] = field(default_factory=Counter)
@@ -86,7 +86,7 @@ def total(counters: Iterable[Counters]) -> Counters:
             elif isinstance(value, deque):
                 mine.extend(value.copy())
             elif isinstance(value, dict):
-                # A copy, which is atomic: the worker may be adding a new key.
+                # Copying is atomic; the worker may be adding a new key.
                 for key, count in value.copy().items():
                     mine[key] = mine.get(key, 0) + count
             else:

@@ -77,7 +77,7 @@ class Timers:
         self.next_at = math.inf
 
     def schedule(self, target: TimerTarget, when: float, targets: int) -> None:
-        """`targets` is the approximate number of targets."""
+        """`targets` is the expected number of targets."""
         target.scheduled = when
         heapq.heappush(self._heap, (when, next(self._numbers), target))
         if len(self._heap) > 2 * targets + 64:
@@ -87,7 +87,7 @@ class Timers:
         self.next_at = self._heap[0][0] if self._heap else math.inf
 
     def run(self, now: float) -> None:
-        # Removed first: timers scheduled meanwhile belong to the next turn.
+        # Remove them first: timers that the actions schedule belong to the next turn.
         due: list[tuple[float, int, TimerTarget]] = []
         while self._heap and self._heap[0][0] <= now and len(due) < MAX_TIMERS:
             due.append(heapq.heappop(self._heap))

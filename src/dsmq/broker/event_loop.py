@@ -1,7 +1,7 @@
 """The event loop of one I/O worker: a thread that serves its share of the connections and never blocks.
 
-A turn: receive and run the requests of the ready sockets, store all messages that they put in one call, wake the
-readers waiting for these, and send the replies.
+In each turn, it receives and runs the requests of all ready sockets, stores the messages that they put in one call,
+wakes the readers that wait for these messages, and sends the replies.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from dsmq.broker.login import Peer
     from dsmq.broker.transport import Stream, Transport
 
-# How often an event loop proves that it is alive, and measures the delay of its timers.
+# How often an event loop reports that it is alive, and measures the delay of its timers.
 PULSE_SECONDS = 1.0
-# A turn that takes longer than this stores puts and sends replies in between. Each connection may run requests for a
-# slice of this time: the more connections are ready, the shorter. If there are many, each runs a single request at
+# A turn that takes longer than this stores puts and sends replies along the way. Each connection may run requests for a
+# slice of this time, which is shorter if more connections are ready. If there are many, each runs a single request at
 # first.
 TURN_SECONDS = 0.004
 MOST_SLICE_SECONDS = TURN_SECONDS / 4
@@ -54,7 +54,7 @@ _logger = logging.getLogger(__name__)
 
 
 class EventLoop:
-    """One I/O worker. Only methods documented as thread-safe may be called from other threads."""
+    """One I/O worker. Other threads may call only the methods that are documented as thread-safe."""
 
     def __init__(self, name: str, context: ServerContext, workers: Sequence[EventLoop]) -> None:
         """`workers` are all event loops that share the store, including this one."""
@@ -64,7 +64,7 @@ class EventLoop:
         self.connections: dict[Connection, None] = {}
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.slice_seconds = TURN_SECONDS
-        """How long one connection may run requests at a time; 0: a single request."""
+        """How long one connection may run requests at a time; 0: for a single request."""
         self.memory = MemoryQueue(context.usage)
         self.waiters = Waiters(self, context.usage, MOST_SLICE_SECONDS)
         self.batch = PutBatch(self, workers)
@@ -84,7 +84,7 @@ class EventLoop:
 
     @property
     def due_at(self) -> float:
-        """The time by which the loop should begin another turn."""
+        """When the loop should have begun another turn, or it is stuck."""
         return self.now + PULSE_SECONDS
 
     # From other threads
@@ -99,7 +99,7 @@ class EventLoop:
 
     def stop(self, seconds: float) -> None:
         """Reply to waiting readers, close all connections, and end, within this time. Thread-safe."""
-        # Counted from now, because the current turn may take long.
+        # The time counts from now, because the current turn may take long.
         self.post(partial(self._drain, time.monotonic() + seconds))
 
     def abandon(self) -> None:
@@ -222,13 +222,13 @@ class EventLoop:
     def _go_on(self, *, many: bool) -> bool:
         """Run requests left over from earlier turns, for as long as the ready connections took in this one.
 
-        This way, a client that sends an occasional request does not wait for clients that send many at once. Return
-        whether the server must stop now.
+        So a client that sends an occasional request does not wait for clients that send many at once. Return whether
+        the server must stop now.
         """
         self.slice_seconds = max(LEAST_SLICE_SECONDS, _slice_seconds(len(self._to_run)))
         now = time.monotonic()
         until = now + max(TURN_SECONDS, now - self.now)
-        # Each connection once: if it has requests left, it moves to the end of the queue.
+        # Serve each connection once: if it still has requests, it moves to the end of the queue.
         for _ in range(len(self._to_run)):
             connection, _ = self._to_run.popitem(last=False)
             try:
@@ -262,8 +262,8 @@ class EventLoop:
     def _wait(self) -> list[tuple[Any, int]]:
         """Wait until sockets are ready, and return them.
 
-        For a moment after the last one, poll without sleeping: waking a processor takes longer than most requests,
-        especially in virtual machines.
+        Poll for a moment before sleeping: waking a processor takes longer than most requests, especially in a virtual
+        machine.
         """
         if self._to_run or self.waiters.to_wake or self.waiters.unmatched:
             return self._poller.wait(0)
@@ -281,15 +281,15 @@ class EventLoop:
         until = min(self._timers.next_at, self._pulse_at, self._stop_at)
         if self.memory.is_short:
             until = min(until, self.now + ROOM_SECONDS)
-        # After the process was suspended (SIGSTOP), the first call returns nothing even if requests have arrived, and
-        # the timers would then consider them late.
+        # When the process continues after SIGSTOP, the first call returns nothing even if requests have arrived, and
+        # the timers would consider them late.
         return self._poller.wait(until - time.monotonic()) or self._poller.wait(0)
 
     def _flush_store(self) -> None:
         try:
             self.context.store.flush()
         except ReplyError as error:
-            # The next put that has to flush will fail, and its client gets the error.
+            # The next put that needs a flush will fail, and its client gets the error.
             _logger.debug("nothing written: %s", error)
         except Exception:  # noqa: BLE001
             self._log_defect("writing failed because of a defect")
@@ -337,7 +337,7 @@ class _Waker:
 
     def on_ready(self, _: int) -> None:
         self._inside.recv(64)
-        # Before the calls are taken, so that a call posted afterwards wakes the loop again.
+        # Reset the waker before taking the calls, so that a call posted afterwards wakes the loop again.
         self._rung = False
         self._call()
 

@@ -1,4 +1,4 @@
-"""The handshake, and other commands about the connection or the server. Redis libraries send most of them unasked."""
+"""The handshake, and other commands about the connection or the server, many of which Redis libraries send."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def config(client: Connection, request: list[bytes]) -> bytes:
         raise BadRequest(f"a pattern has at most {MAX_NAME_BYTES} bytes")
     patterns = {pattern.decode(errors="replace").lower() for pattern in request[2:]}
     settings = client.context.settings.model_dump(mode="json")
-    # redis-benchmark requests the first two, to report how Redis persists; redis-cli --stat the last.
+    # redis-benchmark requests the first two, to report how Redis persists data; redis-cli --stat requests the last.
     settings |= {"save": "", "appendonly": "no", "databases": "1"}
     found = {name: _text(settings[name]) for name in settings if any(_matches(name, pattern) for pattern in patterns)}
     return encode_value(client.version, found)
@@ -139,7 +139,7 @@ def config(client: Connection, request: list[bytes]) -> bytes:
 def _matches(name: str, pattern: str) -> bool:
     """Return whether a name matches a pattern, in which `*` matches anything.
 
-    Without regular expressions, because a hostile one may take very long to compile or match.
+    Does not use regular expressions, because a malicious pattern could take very long to compile or match.
     """
     first, *others = pattern.split("*")
     if not others:

@@ -1,4 +1,4 @@
-"""Listening sockets (IPv4, IPv6 and Unix), and accepting from them."""
+"""Listens on sockets (IPv4, IPv6 and Unix), and accepts connections."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from dsmq.wire.addresses import UNIX, Endpoint, parse_endpoint
 if TYPE_CHECKING:
     from dsmq.broker.event_loop import EventLoop
 
-# Max connections accepted in one turn of the loop, so that a flood of new ones does not starve open ones.
+# Max connections accepted in one turn of the loop, so that a flood of new connections does not starve open ones.
 MAX_ACCEPTS = 4
-# Max unsent reply bytes in the kernel, so that the rest is counted here if a client does not read.
+# Max unsent reply bytes buffered in the kernel; if a client does not read, all others are counted here.
 MAX_NOT_SENT_BYTES = 32_768
 # Max attempts to find a port that is free on all addresses of a name.
 MAX_ATTEMPTS = 20
@@ -33,10 +33,10 @@ _logger = logging.getLogger(__name__)
 
 
 def listen(host: str, port: int, backlog: int, settings: str = "") -> list[socket.socket]:
-    """Return sockets that listen on an address, on all usable addresses of a name, or on `unix:/path`.
+    """Return sockets that listen on an address, on all usable addresses of a host name, or on `unix:/path`.
 
-    Port 0 selects one that is free on all of them. `settings` is the prefix of the settings' names, for the error.
-    Raises StartupError.
+    Port 0 selects a port that is free on all of them. `settings` is the prefix of the settings' names in error
+    messages. Raises StartupError.
     """
     endpoint = parse_endpoint(host, port)
     try:
@@ -63,7 +63,7 @@ def _listen_everywhere(
     sockets: list[socket.socket] = []
     with ExitStack() as undo:
         for family, (host, port) in addresses:
-            # After the first address, port 0 means the port that was free there.
+            # If port is 0, the other addresses use the port that was chosen for the first.
             same = port or (sockets[0].getsockname()[1] if sockets else 0)
             both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
             try:
@@ -96,7 +96,7 @@ def _listen_unix(path: str, backlog: int) -> socket.socket:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove the socket of a server that was killed, but no other file, and not the socket of a running server."""
+    """Remove the socket of a server that was killed, but never another file or the socket of a running server."""
     if not os.path.exists(path):
         return
     if not stat.S_ISSOCK(os.stat(path).st_mode):
@@ -115,7 +115,7 @@ def _remove_stale(path: str) -> None:
 def _reason(error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return "the address is in use; is another server running there?"
-    # The text without the prefix that Python adds.
+    # Without the prefix that Python adds.
     return os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
 
 
@@ -129,7 +129,7 @@ def address(sock: socket.socket) -> str:
 
 
 def is_exposed(sock: socket.socket) -> bool:
-    """Return whether other machines may be able to connect: it is neither a Unix socket nor on a loopback address."""
+    """Return whether other machines may be able to connect: whether this is neither a Unix socket nor on loopback."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return sock.family != socket.AF_UNIX
     host = ipaddress.ip_address(sock.getsockname()[0].partition("%")[0])
@@ -141,10 +141,10 @@ def close(sock: socket.socket) -> None:
     if sock.fileno() < 0:
         return
     if sock.family == socket.AF_UNIX:
-        # Before closing: afterwards, another server may have created its own socket there.
+        # Remove the file before closing: afterwards, another server may have created its own socket there.
         with suppress(FileNotFoundError):
             os.unlink(sock.getsockname())
-    # Otherwise, the port would stay in use while a child process has a copy, and clients would wait there forever.
+    # Otherwise, if a child process has a copy, the port would stay in use, and clients would wait there forever.
     # Systems other than Linux refuse this call.
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
@@ -189,7 +189,7 @@ class Listener:
             self._assign(sock, host, name)
 
     def _pause(self, error: OSError) -> None:
-        # The connection stays in the listen queue, so the poller would report it again and again.
+        # The connection stays in the listen queue, so without a pause the poller would keep reporting it.
         about = logs.event("accepting_paused", error=str(error))
         _logger.warning("accepting paused for %s s: %s", ACCEPT_PAUSE_SECONDS, error, extra=about)
         self.loop.unlisten(self)
@@ -209,7 +209,7 @@ class Listener:
             self.loop.unlisten(self)
 
     def close(self) -> None:
-        """Close the socket. Its loop must no longer accept from it."""
+        """Close the socket. The loop must have stopped accepting from it."""
         self.closed = True
         self._close(self.socket)
 
@@ -223,7 +223,7 @@ def _set_options(sock: socket.socket) -> None:
     for name, value in (
         ("TCP_NODELAY", 1),
         ("TCP_NOTSENT_LOWAT", MAX_NOT_SENT_BYTES),
-        # Detects a client that has vanished within two minutes.
+        # Within two minutes, detects that a client has vanished.
         *(("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)),
     ):
         if hasattr(socket, name):

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # Max requests of a client that is not authenticated.
 MAX_UNAUTHENTICATED_REQUESTS = 16
-# How long requests after a wrong token get replies. Some libraries report the error only after all replies to their
-# handshake.
+# How long requests still get replies after a wrong token. Some libraries report the error only once their whole
+# handshake has been answered.
 WRONG_TOKEN_SECONDS = 0.1
 
 _logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Peer:
 
     number: int
     client_key: str
-    """Identifies a client that has many addresses: see `auth.client_key`."""
+    """Identifies the client even if it has many addresses: see `auth.client_key`."""
     name: str
     """Host and port, for logs and the status page."""
     admitted_by: tuple[bool, str]
@@ -41,13 +41,13 @@ class Peer:
 
 @dataclass(slots=True, eq=False)
 class Login:
-    """The role of a client: NOBODY, for a limited time and number of requests, until it sends a valid token."""
+    """A client's role. It is NOBODY until a valid token arrives, within a limited time and number of requests."""
 
     connection: Connection
     role: Role = Role.NOBODY
     token: Token | None = None
     deadline: float = math.inf
-    """When the client is disconnected, unless it authenticates, or because it sent a wrong token."""
+    """When to disconnect the client, because it has not authenticated or has sent a wrong token."""
     gave_wrong_token: bool = False
     requests: int = field(default=0, init=False)
 
@@ -61,7 +61,7 @@ class Login:
         if found is None:
             _logger.warning("%r: wrong token", connection, extra=connection.event("wrong_token"))
             connection.counters.wrong_tokens += 1
-            # One guess per connection.
+            # Only one guess per connection.
             self.role, self.gave_wrong_token = Role.NOBODY, True
             self.deadline = connection.loop.now + WRONG_TOKEN_SECONDS
             connection.schedule(self.deadline)
@@ -72,7 +72,7 @@ class Login:
         self.admit()
 
     def admit(self) -> None:
-        """Stop counting the client as unauthenticated, if it has a role and the TLS handshake is done."""
+        """Stop counting the client as unauthenticated once it has a role and the TLS handshake is done."""
         if not self.connection.unauthenticated:
             self.deadline = math.inf
             self.connection.context.usage.unauthenticated.drop(self.connection)

@@ -58,7 +58,7 @@ class PendingMany(PendingRead):
             newest = {message.topic: message for message in (*self.newest, *messages)}
             messages = sorted(newest.values(), key=attrgetter("id"))
         if messages and (found.is_complete or not self.is_latest):
-            # `after` does not advance, because the reply may have to wait for memory: then they are fetched again.
+            # `after` does not advance: if the reply has to wait for memory, the messages are fetched again.
             return messages
         self.after, self.newest = self.position, messages
         return messages if found.is_complete else None

@@ -16,7 +16,7 @@ class SelectorPoller:
         self._selector = selectors.DefaultSelector()
 
     def watch(self, file: int, target: Any, events: int) -> None:
-        """Return `target` when these events occur on a file descriptor, instead of the previous ones; 0: none."""
+        """Make `wait` return `target` on these events of a file descriptor, instead of earlier ones; 0: never."""
         is_known = file in self._selector.get_map()
         if is_known and events:
             self._selector.modify(file, events, target)
@@ -34,7 +34,7 @@ class SelectorPoller:
 
 
 class EpollPoller:
-    """The same for Linux, in half the time: in a turn with a single request, `selectors` takes a tenth of the time."""
+    """Does the same on Linux in half the time; `selectors` takes a tenth of a turn with a single request."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -56,7 +56,7 @@ class EpollPoller:
         for file, flags in self._epoll.poll(max(0.0, seconds)):
             target, events = watched = self._watched[file]
             if flags != _EPOLLIN or events != EVENT_READ:
-                # Errors and hang-ups count as both kinds of event, as in `selectors`.
+                # As in `selectors`, errors and hang-ups count as both kinds of event.
                 reads = EVENT_READ if flags & ~_EPOLLOUT else 0
                 watched = target, events & (reads if flags == _EPOLLIN else reads | EVENT_WRITE)
             ready.append(watched)

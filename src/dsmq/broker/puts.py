@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
     from dsmq.broker.event_loop import EventLoop
 
-# Max bytes of puts that are batched, so that a turn's messages need not all fit in memory twice.
+# Max bytes in a batch, so that not all messages of a turn have to fit into memory twice.
 MAX_BATCH_BYTES = 1_048_576
-# Bytes counted for each put in addition to its message, so that a batch has no more than 500.
+# Bytes counted for each put in addition to its message, so that a batch has no more than 500 puts.
 PUT_BYTES = MAX_BATCH_BYTES // 500
 
 _Left: TypeAlias = "deque[tuple[Connection, Answer[list[Outcome]] | ReplyError]]"
@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 def put(client: Connection, request: list[bytes]) -> None:
     """Add a message to the batch. The reply follows when the batch is stored, at the end of the turn."""
     if client.start_id is None:
-        # A client that starts reading now must not miss it.
+        # A client that starts reading now must not miss the message.
         client.await_start(request)
         return
     batch = client.loop.batch
@@ -53,14 +53,14 @@ def parse_put(client: Connection, request: list[bytes]) -> Put:
         # The parser itself rejects lengths of 1,024 or more, before the message has arrived.
         raise TooBig(f"a message has at most {settings.max_message_bytes} bytes, not {len(body)}")
     if not (0 < len(topic) <= settings.max_topic_bytes and topic.isascii()) or ASTERISK in topic:
-        # Most topics skip this call, which takes as long as the other checks together.
+        # Most topics skip this call, which takes as long as all other checks together.
         parse_topic(client, request)
     return topic, body, _parse_key(client.context.store, request) if len(request) > 3 else None
 
 
 def _parse_key(store: Store, request: list[bytes]) -> tuple[bytes, int] | None:
     if len(request) == 6 and request[3] == b"KEY":
-        # A shortcut for requests of dsmq's own clients.
+        # Fast path for requests of dsmq's own clients.
         producer, seq = request[4], request[5]
         if 0 < len(producer) <= MAX_NAME_BYTES and len(seq) < 19 and seq.isdigit():
             return producer, int(seq)
@@ -82,7 +82,7 @@ def _parse_key(store: Store, request: list[bytes]) -> tuple[bytes, int] | None:
 
 
 class PutBatch:
-    """Puts that are stored together at the end of the turn, and then get their replies in order."""
+    """Puts that are stored together at the end of the turn, and then answered in order."""
 
     def __init__(self, loop: EventLoop, workers: Sequence[EventLoop]) -> None:
         """`workers` are all event loops, whose readers are woken."""
@@ -110,7 +110,7 @@ class PutBatch:
             _answer(connections, stored)
 
     def _store_one_by_one(self, puts: list[Put], connections: list[Connection]) -> None:
-        """Store puts individually, so that only those that can't be stored fail."""
+        """Store puts one by one, so that only those that can't be stored fail."""
         answers = [self.append([put]) for put in puts]
         if any(isinstance(answer, Future) for answer in answers):
             for connection in connections:
@@ -118,7 +118,7 @@ class PutBatch:
         self._answer_in_order(deque(zip(connections, answers, strict=True)))
 
     def _answer_in_order(self, left: _Left) -> None:
-        """Reply to these puts up to one that the store answers later, and continue then."""
+        """Reply to these puts, up to the first that the store answers later; continue when it does."""
         # A refusal is known at once, but must not overtake the reply to an earlier put.
         while left:
             connection, answer = left.popleft()
@@ -148,8 +148,8 @@ class PutBatch:
             self._loop.counters.failures += 1
             return StoreFailed("a defect in the server; see its log")
         if not isinstance(stored, Future):
-            # Before the replies to the puts, so that readers do not wait for them. A store that answers later reports
-            # new messages by itself.
+            # Wake the readers before replying to the puts, so that they don't wait for that. A store that answers later
+            # reports new messages itself.
             for worker in self._workers:
                 if worker.waiters.by_topic or worker.waiters.patterns.waiting:
                     worker.waiters.wake([put[0] for put in puts])
@@ -166,7 +166,7 @@ def _answer(connections: list[Connection], stored: Sequence[Outcome] | ReplyErro
             connection.counters.puts_refused[outcome.code] += 1
             connection.fail(outcome)
             if isinstance(outcome, Unsure):
-                # The client will put the message again. Later requests must not run before that.
+                # The client will put the message again, and later requests must not run before that.
                 connection.finish()
 
 

@@ -1,4 +1,4 @@
-"""READ and GET, which may have to wait for a message, for memory, or for a store that answers later."""
+"""READ and GET, which may have to wait for a message, for memory, or for the store's answer."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
     from dsmq.broker.waiters import Waiters
 
-# Max size of a reply to READ while others are unread: most of a longer one would never reach a client that doesn't
-# read.
+# Max size of a reply to READ while earlier replies are unread: a client that doesn't read would never get most of a
+# longer one.
 SHORT_READ_BYTES = 65_536
 MAX_WAIT_MS = 86_400_000
-# Max memory for one connection's GET positions, and the bytes that each takes in addition to its topic.
+# Max memory for one connection's GET positions, and the bytes that each one takes in addition to its topic.
 MAX_POSITION_BYTES = 2_097_152
 POSITION_OVERHEAD_BYTES = 200
 
@@ -39,7 +39,7 @@ class PendingRead:
     topic: bytes
     after: int
     count: int
-    """Max messages; 0: the newest one only."""
+    """Max messages; 0: only the newest."""
     max_bytes: int
     wait_ms: int
     """How long to wait for a message if there is none."""
@@ -47,14 +47,14 @@ class PendingRead:
     epoch: bytes | None = None
     """The epoch that `after` belongs to."""
     below: int = 0
-    """If not 0, only messages with lower ids are returned: the transaction's later puts are already stored."""
+    """If not 0, return only messages with lower ids, because the transaction's later puts are already stored."""
     deadline: float = math.inf
     registered: bool = False
     """Whether a put into the topic wakes the connection."""
     start: Start | None = None
-    """Determines `after`, until that is found."""
+    """LAST or SINCE, from which `after` is determined; None once it is."""
     retry_in: float = math.inf
-    """After how many seconds to try again, if nothing wakes it before."""
+    """Seconds after which to try again, unless something wakes it earlier."""
     retry_at: float = math.inf
 
     def fetch(self, store: Store) -> Answer[Any]:
@@ -68,7 +68,7 @@ class PendingRead:
         return store.latest(self.topic, self.after)
 
     def fetch_once(self, store: Store, found: dict[Hashable, Any] | None) -> Answer[Any]:
-        """Fetch, unless `found` has what another reader at the same position has just got."""
+        """Fetch, unless `found` has what another reader at the same position just got."""
         if found is None or type(self) is not PendingRead or self.start is not None or not self.count:
             return self.fetch(store)
         position = self.topic, self.after, self.count, self.max_bytes
@@ -80,7 +80,7 @@ class PendingRead:
     def take(self, found: Any) -> list[Message] | None:
         """Return the messages, or None to fetch again."""
         if type(found) is tuple:
-            # The answer for `start`, which a store that answers later may give twice.
+            # This is the answer for `start`. A store that answers later may give it twice.
             if self.start is not None and self.start.take(found):
                 self.after, self.start = self.start.after, None
             return None
@@ -103,17 +103,17 @@ class PendingRead:
 
     @property
     def about(self) -> bytes:
-        """The topics that it reads, as text."""
+        """The topics to read, as text."""
         return self.topic
 
     def memory(self, messages: list[Message]) -> int:
-        """Return the memory that the reply takes."""
+        """Return how much memory the reply takes."""
         return sum([len(message.body) + MESSAGE_OVERHEAD_BYTES for message in messages])
 
 
 @dataclass(slots=True)
 class Start:
-    """LAST or SINCE: a position that is still to be found."""
+    """LAST or SINCE: a position that has yet to be found."""
 
     selection: Selection
     last: int
@@ -182,7 +182,7 @@ def read_options(*words: bytes) -> tuple[int, int, int, bytes | None, bool]:
     wait_ms = parse_number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
     epoch = options.get(b"EPOCH", [None])[0]
     if epoch is not None and len(epoch) > MAX_NAME_BYTES:
-        # The cache would keep a longer one.
+        # A longer one would stay in the cache.
         raise BadRequest(f"an epoch has at most {MAX_NAME_BYTES} bytes")
     return count, max_bytes, wait_ms, epoch, b"LATEST" in options
 
@@ -198,7 +198,7 @@ def _encode_read(client: Connection, read: PendingRead, messages: list[Message])
     if messages is not waiters.encoded[0]:
         reply = encode_messages(messages)
         if type(reply) is not bytes:
-            # The transport of the reader keeps a long one, and adds to it.
+            # The reader's transport keeps a long reply, and appends to it.
             return reply
         waiters.encoded = messages, reply
     return waiters.encoded[1]
@@ -260,17 +260,17 @@ def _advance_position(client: Connection, read: PendingRead, messages: list[Mess
 
 
 class Reads:
-    """A connection's positions, and its pending read: until that has its reply, no other request runs."""
+    """A connection's positions, and its pending read, which must be answered before any other request runs."""
 
     __slots__ = ("_connection", "below", "pending", "position_bytes", "positions", "waiting_bytes")
 
     def __init__(self, connection: Connection) -> None:
         self.pending: PendingRead | None = None
         self.positions: dict[bytes, int] = {}
-        """The ids after which GET continues, by topic."""
+        """By topic, the id after which GET continues."""
         self.position_bytes = 0
         self.waiting_bytes = 0
-        """The memory for the names that it waits for."""
+        """The memory for the names that the connection waits for."""
         self.below = 0
         """`PendingRead.below`, while a step of a transaction runs."""
         self._connection = connection
@@ -292,7 +292,7 @@ class Reads:
         return self.position_bytes + self.waiting_bytes
 
     def count_waiting(self, size: int) -> None:
-        """Count the memory for the names that it waits for."""
+        """Count the memory for the names that the connection waits for."""
         before, self.waiting_bytes = self.waiting_bytes, size
         if (size > FREE_BYTES or before > FREE_BYTES) and not self._connection.closed:
             self._connection.requests.count()
@@ -306,7 +306,7 @@ class Reads:
         found = read.fetch(connection.context.store)
         is_tight = read.below or connection.transport.budget.is_tight
         if type(found) is list and (found or not read.wait_ms) and not is_tight:
-            # A shortcut for READ, GET and TAKE with a store that answers at once.
+            # Fast path for READ, GET and TAKE with a store that answers at once.
             return read.encode(connection, read, found)
         self.pending = read
         reply = self._reply(read, found)
@@ -356,10 +356,10 @@ class Reads:
             self._try(self.pending)
 
     def _try(self, read: PendingRead, found: Any = None) -> None:
-        """Reply if possible now; `found` is the answer of a store that answers later."""
+        """Reply now if possible; `found` is the answer if the store answers later."""
         connection = self._connection
         if self.pending is not read or connection.state is not WAITING:
-            # It already has its reply, or waits for room.
+            # It has already been answered, or is waiting for room.
             return
         try:
             if isinstance(found, ReplyError):
@@ -385,9 +385,9 @@ class Reads:
         self._connection.requests.resume()
 
     def stop_waiting(self, *, at_once: bool = False) -> None:
-        """Reply to a waiting read even if there are no messages; if the store may have some, when it answers.
+        """Reply to a waiting read even if there are no messages; if the store may have some, reply when it answers.
 
-        `at_once`: the connection ends, and the client continues to wait elsewhere.
+        `at_once`: the connection ends, and the client will wait elsewhere.
         """
         read = self.pending
         if read is not None and read.wait_ms:
@@ -396,7 +396,7 @@ class Reads:
             self._try(read, found)
 
     def end(self) -> None:
-        """Forget the pending read, because it has its reply, or never will."""
+        """Forget the pending read, because it has been answered, or never will be."""
         read, self.pending = self.pending, None
         if read is not None and read.registered:
             read.end_wait(self._connection.loop.waiters, self._connection)

@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from dsmq.broker.event_loop import EventLoop
     from dsmq.broker.transactions import Step, Transaction
 
-# Commands whose replies may be long, and the bytes to reserve for each. READ and GET know the length of their replies.
+# Commands with long replies, and the bytes to reserve for each. READ and GET know the length of their replies.
 LONG_REPLIES = frozenset({b"TOPICS", b"ECHO", b"PING", b"COMMAND", b"CONFIG", b"INFO"})
 LONG_REPLY_BYTES = 65_536
 # Max bytes received at once from each of many connections, so that one does not delay the others.
 CROWD_RECEIVE_BYTES = 16_384
-# Max bytes received from an unauthenticated client, and discarded, while its connection closes.
+# Max bytes to receive and discard while the connection of an unauthenticated client closes.
 MAX_DISCARDED_BYTES = 65_536
 
 
 @dataclass(slots=True, eq=False)
 class Requests:
-    """Receives requests, and runs them in order, with one reply to each. Buffered ones count towards a total."""
+    """Receives requests, and runs them in order, with one reply to each. Buffered requests count towards a total."""
 
     connection: Connection
     loop: EventLoop
@@ -42,17 +42,17 @@ class Requests:
     counts: dict[str, int]
     parser: RequestParser = field(default_factory=lambda: RequestParser(0))
     queue: list[list[bytes]] = field(default_factory=list)
-    """Requests parsed but not run yet. A deque would not be faster with so few, and would take memory when idle."""
+    """Requests parsed but not run yet. With so few, a deque would not be faster, and would take memory when idle."""
     transaction: Transaction | None = None
     steps: list[Step] = field(default_factory=list)
-    """The remaining steps of EXEC, in reverse order. For each, the queue contains a request with an empty name."""
+    """The remaining steps of EXEC, in reverse order. The queue contains a request with an empty name for each."""
     permitted: dict[bytes, Command] = field(default_factory=dict)
     max_receive: int = RECEIVE_BYTES
     reserved: int = 0
-    """Their share of the total bytes. An incomplete request counts with its declared length."""
+    """Their share of the total bytes. An incomplete request counts as its declared length."""
     incomplete_since: float = inf
     slow_from: float = inf
-    """When the average speed of an incomplete request falls below SLOW_BYTES_PER_SECOND."""
+    """When the average speed of an incomplete request will have fallen below SLOW_BYTES_PER_SECOND."""
     _discarded: int = 0
 
     @property
@@ -120,7 +120,7 @@ class Requests:
         self.connection.on_failure()
 
     def _scarce_bytes(self) -> int:
-        """Return how many bytes to receive: fewer if many connections are ready, or memory is short."""
+        """Return how many bytes to receive: fewer if many connections are ready, or if memory is short."""
         most = self.max_receive if self.loop.slice_seconds else min(self.max_receive, CROWD_RECEIVE_BYTES)
         return min(most, FREE_BYTES + self.missing) if self.budget.is_crowded else most
 
@@ -180,7 +180,7 @@ class Requests:
             except Exception:  # noqa: BLE001
                 connection.on_failure(in_request=True)
             if queue and connection.pending_puts and slice_seconds:
-                # Puts are so fast that the clock is read only once for a batch of them.
+                # Puts are so fast that the clock is read only once per batch.
                 continue
             if parser.missing and not queue:
                 break
@@ -202,7 +202,8 @@ class Requests:
         self.transport.active_at = self.loop.now
         connection.state = OPEN
         if self.transport.eof_received or not self.is_empty:
-            # Not immediately: a put among them may wake another reader that has a put to run, and so on endlessly.
+            # Don't run them immediately: a put among them may wake another reader that has a put to run, and so on
+            # without end.
             connection.state = BEHIND
             self.loop.run_soon(connection)
 
@@ -222,10 +223,10 @@ class Requests:
         return self.queue
 
     def _authorize(self, name: bytes) -> Command:
-        """Return a command that is not in `permitted`. Raises an error if the client may not call it."""
+        """Return a command that is not in `permitted`. Raises an error if the client may not run it."""
         role = self.connection.role
         if role is Role.NOBODY:
-            # Before the lookup, because unknown commands count too.
+            # Count before the lookup, because unknown commands count, too.
             self.connection.login.count_request()
         command = self.loop.context.commands.find(name)
         if role < command.role:

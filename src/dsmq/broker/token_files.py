@@ -17,7 +17,7 @@ def load_tokens(token: str, file: str) -> list[tuple[str, Role, str]]:
 
 
 def read_tokens(file: str) -> list[tuple[str, Role, str]]:
-    """Return the name, role and text of each token in a file. Raises ConfigError, which never contains a token.
+    """Return the name, role and text of each token in a file. Raises ConfigError, whose text never contains a token.
 
     A line is `name role token`, or just the token of an admin. Empty lines and lines that begin with # are skipped.
     """

@@ -49,7 +49,7 @@ def parse_stats(client: Connection, request: list[bytes]) -> tuple[bytes, int]:
 
 @dataclass(slots=True, eq=False)
 class PendingPurge(PendingRead):
-    """A purge, which runs in slices, like a read of several topics."""
+    """A purge. It runs in slices, like a read of several topics."""
 
     slices: Iterator[Answer[int]] = field(default_factory=lambda: iter(()))
     purged: int = 0

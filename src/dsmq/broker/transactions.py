@@ -33,7 +33,7 @@ class Transaction:
     size: int = 0
     """Bytes of their arguments."""
     memory: int = 0
-    """Approximate memory that they take."""
+    """The approximate memory that they take."""
     aborted: bool = False
 
     def add(self, command: Command, request: list[bytes]) -> None:
@@ -62,7 +62,7 @@ class Step(NamedTuple):
     reply: Encoded | ReplyError | None
     """The reply to a put. Puts are stored, or refused, before the first step."""
     below: int
-    """The id of the transaction's next put into the same topic, which must not be read yet. For a read of several
+    """The id of the transaction's next put into the same topic, which this step must not read. For a read of several
     topics: the id of its next put.
     """
 
@@ -99,8 +99,8 @@ def _end_transaction(client: Connection, name: str) -> Transaction:
 def execute(client: Connection, request: list[bytes]) -> bytes | None:
     """Store all puts of the transaction together, then run its requests one after another.
 
-    The length of the reply is known, so it is sent in parts: each request runs like one that has just arrived, within
-    the same limits on unread replies and on the time for which other clients wait.
+    The number of replies is known, so the array is sent in parts: each request runs as if it had just arrived, within
+    the same limits on unread replies and on how long other clients wait.
     """
     if client.start_id is None:
         client.await_start(request)
@@ -121,9 +121,9 @@ def execute(client: Connection, request: list[bytes]) -> bytes | None:
 def _begin_steps(
     client: Connection, requests: list[tuple[Command, list[bytes]]], last_id: int, stored: list[int] | ReplyError
 ) -> bytes:
-    """Schedule the requests, once the puts among them are stored or refused; return the head of the reply."""
+    """Schedule the requests once their puts are stored or refused; return the header of the reply."""
     ids = [] if isinstance(stored, ReplyError) else stored[:]
-    # The highest id before each put: an id that is not above it belongs to an earlier put with the same KEY.
+    # The highest id before each put: a put whose id is not higher repeats an earlier put with the same KEY.
     highest = list(accumulate(ids, max, initial=last_id))
     first_later: dict[bytes, int] = {}
     lowest_later = _UNBOUNDED
@@ -150,7 +150,7 @@ def run_step(client: Connection, _: list[bytes]) -> Encoded | None:
     """Run the next step of EXEC. Its request has an empty name, which a client can't send before the last step."""
     if not client.requests.steps:
         raise UnknownCommand("unknown command ''")
-    # Otherwise, each step would count as an EXEC.
+    # Otherwise, each step would be counted as an EXEC.
     client.counters.commands["EXEC"] -= 1
     command, request, reply, below = client.requests.steps.pop()
     if isinstance(reply, ReplyError):

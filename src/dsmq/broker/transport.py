@@ -26,14 +26,14 @@ Stream: TypeAlias = "socket.socket | TLSSocket"
 SEND_BYTES = 524_288
 # Max unparsed bytes buffered while a client is waiting.
 MAX_HELD_BYTES = 65_536
-# How long a client may take to read its last reply and disconnect, when the server closes the connection.
+# When the server closes a connection: how long the client may take to read the last reply and disconnect.
 LINGER_SECONDS = 1.0
 LINGER_SECONDS_AT_STOP = 0.05
 
 
 @dataclass(slots=True, eq=False)
 class Transport:
-    """Sends replies. Long ones, and those still unsent at the end of a turn, count towards a total."""
+    """Sends replies. Long replies, and replies still unsent at the end of a turn, count towards a total."""
 
     connection: Connection
     loop: EventLoop
@@ -44,11 +44,11 @@ class Transport:
     counted: int = 0
     """Their share of the total bytes."""
     max_unread: int = 0
-    """If more is unsent, no further requests run."""
+    """If more bytes than this are unsent, no further requests run."""
     unread_since: float = inf
     """When the client last accepted data; infinite if nothing is unsent."""
     slow_from: float = inf
-    """When the client's average reading speed falls below SLOW_BYTES_PER_SECOND."""
+    """When the client's average reading speed will have fallen below SLOW_BYTES_PER_SECOND."""
     active_at: float = 0.0
     """When data was last received, or finally sent."""
     linger_seconds: float = field(default_factory=lambda: LINGER_SECONDS)
@@ -71,7 +71,7 @@ class Transport:
             self.connection.state = OPEN
             self.connection.login.admit()
             self.update_events()
-            # Requests may have been received, and decrypted, along with the end of the handshake.
+            # Requests may already have been received and decrypted with the end of the handshake.
             self.connection.requests.on_ready(EVENT_READ)
 
     # Out
@@ -82,7 +82,7 @@ class Transport:
         if not data:
             self.loop.to_flush.append(self)
             if type(reply) is bytearray:
-                # It is long, so don't copy it again.
+                # It is long, so avoid another copy.
                 self.data = data = reply
                 reply = b""
         data += reply
@@ -95,8 +95,8 @@ class Transport:
         connection = self.connection
         state, data = connection.state, self.data
         if state >= LINGERING:
-            # The sending side is shut down; sending would fail, and would close the connection before the last reply is
-            # read.
+            # The sending side is shut down: sending would fail and close the connection before the client reads the
+            # last reply.
             return
         size = len(data)
         try:
@@ -137,8 +137,8 @@ class Transport:
     def _linger(self) -> None:
         """End the stream, and give the client time to read the replies and disconnect.
 
-        Closing while the client still sends would make the kernel reset the connection, and the last reply might get
-        lost.
+        If the server closed while the client is still sending, the kernel would reset the connection, and the last
+        reply might be lost.
         """
         if self.eof_received:
             self.connection.close("end of input")
@@ -154,7 +154,7 @@ class Transport:
     # Memory
 
     def count(self) -> None:
-        """Update the total, in steps of FREE_BYTES because many short replies may be added one by one."""
+        """Update the total, but only in steps of FREE_BYTES, because there may be many short replies."""
         size = len(self.data)
         more = size - self.counted
         if more < 0 or more > FREE_BYTES or size <= FREE_BYTES:
@@ -190,7 +190,7 @@ class Transport:
         if self.eof_received or connection.state is BEHIND:
             return False
         if connection.state is WAITING or connection.reads.pending:
-            # To detect that the client disconnects.
+            # To detect when the client disconnects.
             return len(connection.requests.parser) < MAX_HELD_BYTES
         return connection.state is not NO_ROOM
 
@@ -199,7 +199,7 @@ class Transport:
         # A timer may keep a reference to the connection for hours.
         self.data, self.counted = bytearray(), 0
         self.loop.watch(self.connection, 0)
-        # A forked process may have a copy of the socket; otherwise, the client would not notice the end.
+        # A forked process may have a copy of the socket, and without this, the client would not notice the end.
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()

@@ -1,4 +1,4 @@
-"""Totals for the connections of all event loops: their number, and the memory they take."""
+"""Totals over the connections of all event loops: their number and their memory."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
     from dsmq.settings import Settings
 
-# Max uncounted bytes of each kind per connection, so that short requests and replies pass while others use up the
-# total. With 10,000 connections, this adds up to 40 MB.
+# Max uncounted bytes of each kind per connection, so that short requests and replies still get through when the total
+# is used up. With 10,000 connections, these bytes add up to 40 MB.
 FREE_BYTES = 4096
-# Claims up to this size may overtake larger ones, so that a few long messages do not delay all others.
+# Claims up to this size may overtake larger ones, so that a few long messages do not delay everything else.
 SHORT_BYTES = 262_144
 
-# Time limits for long requests allow this speed. Clients that have been slower for a while are dropped first if memory
-# is short.
+# The time limit for long requests assumes this speed. If memory is short, clients that have been slower for a while are
+# dropped first.
 SLOW_BYTES_PER_SECOND = 16_384
 SLOW_SECONDS = 1.0
 
@@ -36,7 +36,7 @@ RECEIVE_BYTES = 131_072
 # How often to close slow clients while a connection waits for room.
 CLOSE_SECONDS = 0.05
 
-# The memory that a parsed request, and each of its arguments, takes in addition to its bytes.
+# The memory overhead of a parsed request, and of each of its arguments.
 REQUEST_OBJECT_BYTES = 100
 ARGUMENT_OBJECT_BYTES = 40
 
@@ -46,7 +46,7 @@ _logger = logging.getLogger(__name__)
 
 
 def slow_after(slow_from: float, size: int, now: float) -> float:
-    """Return when a client will count as slow, now that it has sent or read `size` more bytes."""
+    """Return when a client that has sent or read `size` more bytes will count as slow."""
     return min(slow_from + size / SLOW_BYTES_PER_SECOND, now + 2 * SLOW_SECONDS)
 
 
@@ -56,7 +56,7 @@ def request_memory(request: Sequence[bytes]) -> int:
 
 
 class Count(Generic[H]):
-    """Amounts per holder, and their sum. Thread-safe."""
+    """The amounts that holders have, and their sum. Thread-safe."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -111,13 +111,13 @@ class Budget(Count["Connection"]):
         self.is_tight = False
         """Whether the largest possible claim would not fit."""
         self.is_crowded = False
-        """Whether a connection waits, or would wait with the largest possible claim."""
-        # For each waiting connection, since when and for how many bytes; and those with a short claim.
+        """Whether a connection waits, or would have to wait with the largest possible claim."""
+        # The waiting connections, since when, and for how many bytes; and those of them with a short claim.
         self.queue: dict[Connection, tuple[float, int]] = {}
         self._short: dict[Connection, None] = {}
 
     def set_limit(self, limit: int, longest: int) -> None:
-        """Set the limit, at least `longest`, the largest possible claim."""
+        """Set the limit, or `longest`, the largest possible claim, if that is more."""
         with self._lock:
             self.limit, self._longest = max(limit, longest), longest
             self._judge()
@@ -136,7 +136,7 @@ class Budget(Count["Connection"]):
         self.is_crowded = self.is_tight or bool(self.queue)
 
     def claim_in_turn(self, holder: Connection, amount: int, now: float) -> bool:
-        """Do as `claim`, but a large amount has to wait its turn. If it fails, the holder is added to the queue."""
+        """Like `claim`, but a large claim has to wait its turn. If it fails, the holder joins the queue."""
         with self._lock:
             in_turn = amount <= SHORT_BYTES or next(iter(self.queue), holder) is holder
             if not in_turn or self.total + amount > self.limit:
@@ -153,7 +153,7 @@ class Budget(Count["Connection"]):
             return True
 
     def first_that_fits(self) -> Connection | None:
-        """Return the connection that has waited longest, or the first with a short claim, if its claim fits."""
+        """Return the connection that has waited longest, or the first one with a short claim, if its claim fits."""
         with self._lock:
             for queue in (self.queue, self._short):
                 first = next(iter(queue), None)
@@ -162,7 +162,7 @@ class Budget(Count["Connection"]):
             return None
 
     def missing(self, since: float) -> int:
-        """Return how many bytes to free for connections that have waited since then or longer; 0 or less: none."""
+        """Return how many bytes to free for the connections that have waited since that time; 0 or less: none."""
         with self._lock:
             wanted = [amount for began, amount in self.queue.values() if began <= since]
             return self.total + sum(wanted) - self.limit
@@ -176,9 +176,9 @@ class Budget(Count["Connection"]):
         """If the waiting connections are deadlocked, return those to drop so that the others can continue.
 
         A connection in the queue may hold part of the memory it needs while it waits for the rest. There is a deadlock
-        if the first in the queue would have no room even after all connections outside the queue released theirs. Then
-        the largest others in the queue are dropped until it has room; the first itself is dropped only if it needs more
-        than the limit.
+        if the first one in the queue would have no room even if all connections outside the queue released theirs. Then
+        the largest of the others in the queue are dropped until there is room for the first, which is itself dropped
+        only if it needs more than the limit.
         """
         with self._lock:
             if not self.queue:
@@ -228,8 +228,8 @@ class Usage:
         self.replies = Budget()
         """Bytes of unsent replies."""
         self.requests = Budget()
-        """Bytes of requests that have not run yet, as declared or received; of GET positions; and of names that clients
-        wait for.
+        """Bytes of requests that have not run yet, as declared or received, of GET positions, and of the names that
+        clients wait for.
         """
 
     def set_limits(self, settings: Settings) -> None:
@@ -294,7 +294,7 @@ class MemoryQueue:
 
 
 def _close_slow(budget: Budget, missing: int, seconds: float) -> None:
-    # With thousands of connections, sorting them takes longer than the time allowed for closing them.
+    # With thousands of connections, sorting would take longer than the time allowed for closing them.
     largest, now = budget.largest(), time.monotonic()
     for connection, held in largest:
         if missing <= 0 or time.monotonic() >= now + seconds:
@@ -310,17 +310,18 @@ def _is_slow(connection: Connection, budget: Budget, now: float) -> bool:
     if budget is transport.budget:
         return now > transport.slow_from
     if connection in budget.queue:
-        # It waits, too, which is not its fault, unless it holds a transaction, or more than arrives before the length
-        # of a request is known: if all connections held some memory and waited for more, none would progress.
+        # It is waiting itself, which is not its fault, unless it holds a transaction, or more than what arrives before
+        # a request's length is known: if all connections held some memory and waited for more, none would make
+        # progress.
         return requests.reserved > 2 * RECEIVE_BYTES or requests.transaction is not None
     if requests.incomplete_since < now:
         return now > requests.slow_from
-    # If it must read replies before its requests can run, its reading speed counts.
+    # If the client must read replies before its requests can run, its reading speed counts.
     return connection.state is not BEHIND or now > transport.slow_from
 
 
 def _make_way(connection: Connection, budget: Budget, *, is_blocker: bool = False) -> None:
-    """Drop a client because others need its memory, unless it has made progress meanwhile."""
+    """Drop a client because others need its memory, unless it has since made progress."""
     goes = connection in budget.queue if is_blocker else _is_slow(connection, budget, time.monotonic())
     if connection.closed or not budget.of(connection) or not goes:
         return

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 MAX_KNOWN_TOPICS = 200_000
 # Max remembered matches of all topics together.
 MAX_KNOWN_MATCHES = 1_000_000
-# A remembered topic is matched against newer patterns one by one; if there are more than this, by the index.
+# A remembered topic is matched against newer patterns one by one, or by the index if there are more than this.
 MAX_NEWER_PATTERNS = 64
 # Max unused patterns that are kept, because their readers usually come back.
 MAX_IDLE_PATTERNS = 256
-# If more topics than this have to be matched, all readers with patterns are woken instead.
+# If more topics than this are to be matched, all readers with patterns are woken instead.
 MAX_UNMATCHED_TOPICS = 1_000
 
 
@@ -34,14 +34,14 @@ class Waiters:
     """The connections of one event loop that wait for messages, by topic and by pattern."""
 
     def __init__(self, loop: EventLoop, usage: Usage, slice_seconds: float) -> None:
-        """`usage` counts the connections and patterns of all event loops together, and limits them."""
+        """`usage` counts and limits the connections and patterns of all event loops together."""
         self.to_wake: dict[Connection, None] = {}
-        """Connections woken by a put, but not served yet, because there may be many."""
+        """Connections that a put has woken, but that are not served yet, because there may be many."""
         self.by_topic: dict[bytes, dict[Connection, None]] = {}
         self.patterns = WaitingPatterns()
         self.unmatched = self.patterns.unmatched
         self.found: dict[Hashable, Any] | None = None
-        """What the readers served now have got, by their positions: those at the same position get the same reply."""
+        """What was fetched for the readers served now, by position: all readers at one position get the same reply."""
         self.encoded: tuple[list[Message], Encoded] = [], b""
         """The last of these replies, with its messages."""
         self._loop = loop
@@ -60,7 +60,7 @@ class Waiters:
             raise
 
     def extend(self, topics: Iterable[bytes], patterns: Sequence[Pattern], connection: Connection) -> None:
-        """Make a connection that waits for nothing wait for these. Raises Busy if there are too many patterns."""
+        """Make a connection that is not waiting yet wait for these. Raises Busy if there are too many patterns."""
         if patterns:
             waiting_patterns = self._usage.waiting_patterns
             if not waiting_patterns.claim(connection, len(patterns)):
@@ -129,22 +129,22 @@ class _Awaited:
 
 
 class WaitingPatterns:
-    """The patterns of waiting connections. Those that a topic matches are found once, and remembered.
+    """The patterns of waiting connections. The patterns that match a topic are determined once and remembered.
 
     The cost of a put into a remembered topic does not depend on the number of patterns and topics. A new topic is
-    matched in steps, because that takes time proportional to the number of patterns.
+    matched in steps, because matching takes time proportional to the number of patterns.
     """
 
     def __init__(self) -> None:
         self.waiting = 0
         """The number of waiting connections, counted once for each of their patterns."""
         self.unmatched: dict[bytes, bool] = {}
-        """Topics of new messages that have to be matched, and whether matching has yet to begin."""
+        """The topics of new messages that still have to be matched, each with whether matching has yet to begin."""
         self._clear({})
         self._matching: Iterator[Iterable[Connection]] | None = None
 
     def _clear(self, awaited: dict[bytes, _Awaited]) -> None:
-        # For each topic: the number of patterns when it was matched, and those that it matches. Replaced before the
+        # For each topic: the number of patterns when it was matched, and the patterns that match. Replaced before the
         # patterns: see `may_match`.
         self._known: dict[bytes, tuple[int, tuple[_Awaited, ...]]] = {}
         self._known_matches = 0
@@ -164,7 +164,7 @@ class WaitingPatterns:
         self.waiting += 1
 
     def remove(self, pattern: Pattern, connection: Connection) -> None:
-        # The pattern is kept for a while: usually the reader waits for it again after the next message.
+        # Keep the pattern for a while: usually the reader waits for it again after the next message.
         del self._awaited[pattern.text].connections[connection]
         self.waiting -= 1
         if len(self._order) > 2 * self.waiting + MAX_IDLE_PATTERNS:
@@ -172,13 +172,13 @@ class WaitingPatterns:
 
     def may_match(self, topic: bytes) -> bool:
         """Return whether a put into a topic may wake a connection. Thread-safe."""
-        # In this order, because the patterns may meanwhile be replaced by fewer.
+        # Read in this order, because the patterns may be replaced by fewer in between.
         count = len(self._order)
         seen, matching = self._known.get(topic, (-1, ()))
         return bool(matching) or seen != count
 
     def put(self, topic: bytes) -> Iterable[Connection]:
-        """Return the connections to wake after a put into a topic, as far as known immediately."""
+        """Return the connections to wake after a put into a topic, as far as they are known at once."""
         seen, matching = self._known.get(topic, (-1, ()))
         newer = len(self._order) - seen
         if seen < 0 or newer > MAX_NEWER_PATTERNS:
@@ -215,7 +215,7 @@ class WaitingPatterns:
         if order is self._order:
             self._remember(topic, seen, tuple(found))
         if not self.unmatched[topic]:
-            # Otherwise, there was another put into the topic meanwhile.
+            # Otherwise, there has been another put into the topic.
             del self.unmatched[topic]
 
     def _remember(self, topic: bytes, seen: int, matching: tuple[_Awaited, ...]) -> None:

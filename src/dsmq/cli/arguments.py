@@ -19,7 +19,7 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 def topic(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("the name of the topic is empty")
-    # Python represents bytes of the command line that are not UTF-8 as surrogates.
+    # Python represents bytes on the command line that are not UTF-8 as surrogates.
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise argparse.ArgumentTypeError(f"the topic {quoted(text)} is not UTF-8")
     return text

@@ -16,7 +16,7 @@ _MAX_BYTES = 1024
 
 def replace_file(path: str, data: bytes) -> None:
     """Create or replace a file atomically. Raises OSError or ConfigError."""
-    # If it is a symbolic link, replace the target, not the link.
+    # If the path is a symbolic link, replace its target, not the link.
     target = Path(os.path.realpath(path))
     _check_regular(target)
     name = target.with_name(f".{target.name}.{os.urandom(8).hex()}")

@@ -74,7 +74,7 @@ def _count(options: argparse.Namespace) -> float:
 
 
 def _is_enough(options: argparse.Namespace, messages: list[Message], began: float) -> bool:
-    """Return whether all messages stored at the start have been printed, and later ones are not requested."""
+    """Return whether all messages stored at the start have been printed, and no later ones were requested."""
     if options.follow or options.n is not None:
         return False
     return options.latest or (options.since is not None and options.wait is None and messages[-1].put_at > began)
@@ -103,8 +103,8 @@ def _seek(mq: DSMQClientSideConnection, options: argparse.Namespace) -> None:
 def _read(
     mq: DSMQClientSideConnection, options: argparse.Namespace, n: int, timeout: float, *, latest: bool
 ) -> list[Message]:
-    """Return up to `n` messages, or with `latest`, the newest of each topic. With --json, print them, too."""
-    # JSON needs the position after each message, so these are read one at a time.
+    """Return up to `n` messages, or with `latest` the newest of each topic. With --json, also print them."""
+    # JSON contains the position after each message, so messages are read one at a time.
     messages = mq.read(options.topics, latest=True)[-n:] if latest else []
     messages = messages or mq.read(options.topics, 1 if options.json else n, timeout=timeout)
     if options.json:
@@ -144,5 +144,5 @@ def _fields(message: Message, position: str) -> dict[str, object]:
 
 
 def print_json(fields: dict[str, object]) -> None:
-    # In ASCII, which is valid in every locale and leaves no control characters unescaped.
+    # Use ASCII, which is valid in every locale and leaves no control characters unescaped.
     sys.stdout.write(json.dumps(fields) + "\n")

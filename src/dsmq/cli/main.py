@@ -72,14 +72,14 @@ def _where(options: argparse.Namespace) -> str:
 
 
 def _log_to_stderr() -> None:
-    """Print the client's warnings, such as lost connections and missed messages, in the style of this command."""
+    """Print the client's warnings, such as lost connections and missed messages, in this command's style."""
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter("dsmq: %(message)s"))
     handler.setLevel(logging.WARNING)
     logging.getLogger("dsmq").addHandler(handler)
 
 
-# Advice for programs in the client's errors, and the same advice for the command line.
+# Advice in the client's errors, which is for programs, and the same advice for the command line.
 _HINTS = {
     "connect(..., token=...)": "--token-file FILE, or DSMQ_AUTH_TOKEN",
     "does it require TLS?": "does it require TLS (--tls)?",

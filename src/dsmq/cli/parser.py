@@ -28,7 +28,7 @@ _WORK = (
     "DSMQ_TOPIC_NAME, DSMQ_JOB_ID and DSMQ_ATTEMPT are in its environment. If its exit status is not 0, or the worker "
     "dies, another one gets the message. In TOPIC, * matches any characters, including none."
 )
-# The description and arguments of each command. The last argument may be repeated if ... follows it.
+# The description and arguments of each command. If ... follows the last argument, it may be repeated.
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("Run the server, until SIGTERM, Ctrl-C or a client's SHUTDOWN.", ""),
     "config": ("Print the effective configuration as TOML, secrets masked.", ""),
@@ -82,7 +82,7 @@ def _add_options(command: str, parser: Parser) -> None:
         )
         add("--cluster", action="store_true", help=about)
     if command in ("serve", "config"):
-        # Imported only here, because loading the settings takes longer than running a client command.
+        # Imported here, because loading the settings takes longer than running a client command.
         from dsmq.settings import add_options  # noqa: PLC0415
 
         add_options(parser)
@@ -173,7 +173,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, epilog=_EPILOG, **options)
 
     def _parse_optional(self, arg_string: str) -> Any:
-        """Keep argparse from reading -hello as -h: a word with a single dash is either a known option or a message."""
+        """Keep argparse from taking -hello for -h: a word with a single dash is either a known option or a message."""
         option = self._option_string_actions.get(arg_string[:2])
         has_value = option and option.nargs != 0 and not self.takes_message
         is_known = arg_string in self._option_string_actions or has_value
@@ -222,7 +222,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def _refuse(word: str, command: str) -> NoReturn:
-    """Print the help or the version, or report that this is not a command; `command` is the first command after it."""
+    """Print help or version, or report a word that is not a command; `command` is the first command after it."""
     parser = Parser(prog="dsmq", usage="dsmq COMMAND [OPTION ...]", description="The dead simple message queue.")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"{_EXAMPLES}\n{_EPILOG}"

@@ -18,10 +18,10 @@ from dsmq.terminal import show_progress
 if TYPE_CHECKING:
     from dsmq.client import DSMQClientSideConnection
 
-# Max length of a line or file, unless the server has announced a larger limit on messages.
+# Max length of a line or file, unless the server has announced that it accepts longer messages.
 _MAX_BYTES = 67_108_864
 _READ_BYTES = 65_536
-# The pause before the first report of progress, and between two of them.
+# The time before the first progress report, and between reports.
 _PROGRESS_SECONDS = 0.5
 
 
@@ -48,7 +48,7 @@ def _print_ids(ids: list[int], options: argparse.Namespace) -> None:
 
 
 class _Progress:
-    """Shows progress on the terminal, unless it is used for input or output."""
+    """Shows progress on the terminal, unless the terminal is used for input or output."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         is_printing = options.print_id and sys.stdout.isatty()

@@ -16,7 +16,7 @@ from dsmq.terminal import printable
 if TYPE_CHECKING:
     from dsmq.client import DSMQClientSideConnection
 
-# Max topics whose rates are measured: those with the most messages.
+# Max topics whose rates are measured; those with the most messages are chosen.
 _MAX_TOPICS = 200
 
 
@@ -99,7 +99,7 @@ def lines(where: str, before: Sample, sample: Sample) -> list[str]:
     head = [f"dsmq {server['dsmq_version']} at {where}, up {timedelta(seconds=server['uptime_in_seconds'])}"]
     head.append(f"{len(sample.topics):,} topics, {messages:,} messages, {_megabytes(size)}")
     if "puts" in server:
-        # Only an admin gets these.
+        # The server sends these only to an admin.
         head[0] += f", {server['connected_clients']:,} clients, {server['blocked_clients']:,} of them waiting"
         head.append(
             f"{rate('puts'):,.1f} puts/s, {rate('deliveries'):,.1f} deliveries/s, {rate('expired'):,.1f} expired/s, "

@@ -40,7 +40,7 @@ class _Stopped(Exception):
 
 
 class _Worker:
-    """Runs the command for each job. Forwards SIGINT and SIGTERM to it, and then takes no more jobs."""
+    """Runs the command for each job. Forwards SIGINT and SIGTERM to the command, and then takes no more jobs."""
 
     def __init__(self, mq: DSMQClientSideConnection, options: argparse.Namespace) -> None:
         self._mq, self._options = mq, options
@@ -57,7 +57,7 @@ class _Worker:
             raise _Stopped
 
     def _pass_on(self, number: int) -> None:
-        """Send a signal to the command, and to the processes that it has started."""
+        """Send a signal to the command and to the processes that it has started."""
         if self._process is not None and self._process.poll() is None:
             with suppress(ProcessLookupError):
                 if hasattr(os, "killpg"):
@@ -92,7 +92,7 @@ class _Worker:
         """Return the exit status of the command; extend the lease while it runs. Raises JobLost."""
         variables = {"DSMQ_TOPIC_NAME": job.topic.replace("\0", "\\0"), "DSMQ_JOB_ID": str(job.id)}
         variables["DSMQ_ATTEMPT"] = str(job.attempt)
-        # In its own process group, because a terminal would send signals to both.
+        # The command gets its own process group, because a terminal would send signals to both processes.
         group: dict[str, Any] = {"process_group": 0} if hasattr(os, "killpg") else {}
         try:
             process = subprocess.Popen(  # noqa: S603 - the user's own command
@@ -116,7 +116,7 @@ class _Worker:
             try:
                 process.communicate(body, timeout=self._options.lease / 3)
             except subprocess.TimeoutExpired:
-                # The rest of the message is not lost.
+                # Without a body, `communicate` continues to send the rest of the message.
                 body = None
                 self._mq.extend(job, self._options.lease)
             else:

@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 __all__ = ["DSMQClientSideConnection", "Job", "Message", "connect"]
 
 # The retry schedule of dsmq 1.4: the number of delays, and the first one in seconds; each delay is twice the previous
-# one. Their sum is the time that `connect` waits for a server to start, and the default timeout of `get_wait`. Both may
-# be adjusted.
+# one. Their sum is how long `connect` waits for a server to start, and the default timeout of `get_wait`. Both may be
+# adjusted.
 _n_tries = 10
 _initial_retry = 0.01
-# The name in dsmq 1.4's code; its documentation uses the name above.
+# The name in the code of dsmq 1.4, whose documentation uses the name above.
 _n_retries = _N_RETRIES = _n_tries
 
 C = TypeVar("C", bound=Retryable)
@@ -65,14 +65,14 @@ def connect(  # noqa: PLR0913 - listed one by one for help() and editors
     cert_file: str | None = None,
     key_file: str | None = None,
 ) -> DSMQClientSideConnection:
-    """Connect to a server at an IPv4 or IPv6 address, a name, or `unix:/path`.
+    """Connect to a server at an IPv4 or IPv6 address, a host name, or `unix:/path`.
 
     host may name several servers, in a list or separated by commas, each optionally with its own port. If they share a
     store, the client uses any of them, and switches to the next one when its server fails. If they don't, each
     connection is made to the first reachable one, and the client has a separate position at each.
 
     timeout: the connection counts as lost if no part of an expected reply arrives for this many seconds, plus the time
-    for which a call asks the server to wait. All addresses of a name are tried, a new one every 0.25 s. If nothing
+    that a call asks the server to wait. All addresses of a host name are tried, a new one every 0.25 s. If nothing
     answers, or connections are closed at once, the server may still be starting: unless retry=False, `connect` tries
     again for about ten seconds. verbose logs this to stderr.
 
@@ -84,8 +84,8 @@ def connect(  # noqa: PLR0913 - listed one by one for help() and editors
     name identifies this client on the server's status page and in its logs: up to 64 printable ASCII characters, no
     spaces. Default: the program's name and process id.
 
-    start is where reading of each topic begins: "oldest", or a position as returned by `position`; by default, with the
-    messages put after the client connected.
+    start is where reading of each topic begins: "oldest", or a position as returned by `position`. By default, it
+    begins with the messages put after the client connected.
 
     token authenticates the client. tls=True encrypts, and verifies the server's certificate for this host; ca_file
     replaces the system's authorities; cert_file and key_file are the client's own certificate. The files are in PEM
@@ -93,8 +93,8 @@ def connect(  # noqa: PLR0913 - listed one by one for help() and editors
 
     Raises ConnectionRefusedError if there is no server, ProtocolError if another program answers, Busy if the server
     has too many clients, AuthRequired or WrongToken without the right token, ConfigError if a file can't be used,
-    another OSError if the address can't be reached or the certificate is invalid; TypeError or ValueError at once if an
-    argument is invalid.
+    another OSError if the address can't be reached or the certificate is invalid, and TypeError or ValueError, before
+    connecting, if an argument is invalid.
     """
     return DSMQClientSideConnection(**locals())
 
@@ -107,10 +107,11 @@ def wait_seconds(timeout: float | None) -> float:
 class DSMQClientSideConnection(Worker):
     """A client, with its own position in each topic. Made by `connect`.
 
-    Threads may share it, and signal handlers may call it: each call has a connection to itself. If a signal handler
+    Threads may share it, and signal handlers may call it: each call has its own connection. If a signal handler
     interrupts a call by raising, the messages that it would have returned stay unread. After a fork, the child is a
-    separate client that continues at the parent's positions. A pickled client, such as one passed to a spawned process,
-    becomes a new client there, with the same arguments, that starts when it connects. The pickle contains the token.
+    separate client that continues at the parent's positions. A client that is pickled, for example to pass it to a
+    spawned process, becomes a new client there, with the same arguments, that starts when it connects. The pickle
+    contains the token.
 
     Every method may raise ConnectionLost if the server is unreachable, ClientClosed after `close`, and a ReplyError if
     the server replies with one. See dsmq.errors.
@@ -178,10 +179,10 @@ class DSMQClientSideConnection(Worker):
         """Like `get`, but wait up to `timeout` seconds for a message (0: not at all; math.inf: forever).
 
         Without a timeout it waits about ten seconds: the sum of `_n_tries` delays, the first of `_initial_retry`
-        seconds, and each twice the previous one. If the server is unreachable when that time is over, the call takes up
-        to `reconnect_timeout` longer, and then raises ConnectionLost.
+        seconds, each of the others twice the previous one. If the server is unreachable when that time is over, the
+        call takes up to `reconnect_timeout` longer, and then raises ConnectionLost.
         """
-        # `wait_seconds` without a call, because this path is measured.
+        # Inlines `wait_seconds`, because this path is hot.
         seconds = default_wait() if timeout is None else arguments.seconds("timeout", timeout)
         return self._read(topic, 1, seconds, raw, default)  # type: ignore[no-any-return]
 
@@ -255,7 +256,7 @@ class DSMQClientSideConnection(Worker):
     def stats(self, topic: str | None = None) -> dict[str, int | str]:
         """Return statistics of a topic: messages, bytes, last_number, last_id, first_id, oldest_age_ms and others.
 
-        Without a topic: of the server, with the names of the command INFO; most of them only for the role admin.
+        Without a topic, return statistics of the server, named as in the command INFO; most require the role admin.
         """
         self._run(call := requests.stats(topic))
         return replies.stats(call.reply)
@@ -328,7 +329,8 @@ class DSMQClientSideConnection(Worker):
                 return taken
             return taken[0] if taken else b"" if raw and default == "" else default
         except BaseException:
-            # The caller does not get the taken messages. Appending is atomic, so a second interrupt can't lose them.
+            # The caller will not get the messages taken so far. Appending is atomic, so a second interrupt can't lose
+            # them.
             self._session.returned.append((claim, []))
             raise
 
@@ -338,7 +340,7 @@ class DSMQClientSideConnection(Worker):
         attempt: Callable[[Connection, C], None] = Connection.ask,  # type: ignore[assignment]
         retries: Retries | None = None,
     ) -> None:
-        """Make a call on a connection, and again on another one each time it breaks."""
+        """Make a call on a connection; each time the connection breaks, repeat the call on another one."""
         while True:
             connection = None
             try:
@@ -357,7 +359,7 @@ class DSMQClientSideConnection(Worker):
                     # Another thread has reconnected.
                     self._core.announce("resumed")
                 return
-            # Not while the error is being handled: the traceback of an interrupt would include it.
+            # Wait outside of the exception handler, or the traceback of an interrupt would include the error.
             self._pool.wait(delay)
 
     _default_wait = staticmethod(lambda: default_wait())  # noqa: PLW0108 - defined below

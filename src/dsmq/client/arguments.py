@@ -1,4 +1,4 @@
-"""Checks of arguments, for both clients: invalid ones raise TypeError or ValueError before anything is sent."""
+"""Checks arguments for both clients: invalid ones raise TypeError or ValueError before anything is sent."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def names(*arguments: object) -> str | Names:
 def text(name: str, value: object) -> str:
     """Return a str without NUL characters, which the operating system would reject."""
     if not isinstance(value, str):
-        # The value may be a token, so it is left out.
+        # The value may be a token, so the error does not contain it.
         raise TypeError(f"{name} should be a str, not {type(value).__name__}")
     if "\0" in value:
         raise ValueError(f"{name} contains a NUL character")
@@ -163,7 +163,7 @@ def path(name: str, value: object) -> str | None:
         raise TypeError(f"{name} should be a path, not {type(value).__name__}")
     name_of_file = text(name, os.fspath(value))
     if not name_of_file:
-        # An empty path must not disable TLS.
+        # An empty path must not turn off TLS.
         raise ValueError(f"{name} should be a path or None, not empty")
     return name_of_file
 

@@ -24,15 +24,15 @@ from dsmq.system import raise_malloc_threshold, unsent_bytes
 from dsmq.wire.addresses import Endpoint
 from dsmq.wire.resp import Reply, ReplyParser
 
-# Max unanswered requests on a connection: a server remembers this many puts of one producer.
+# Max unanswered requests on a connection, because a server remembers this many puts of one producer.
 _MAX_UNANSWERED = 2 * PUTS_AT_ONCE
-# Sending more than this may take longer than the timeout of a reply.
+# Sending more than this at once may take longer than the timeout of a reply.
 _LONG_BYTES = 16_384
 _FIRST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.001, 0.02
 
 
 class Place:
-    """A call, and the future of its caller. If it is cancelled after it was sent, its reply is dropped."""
+    """A call, and its caller's future. If the call is cancelled after it was sent, its reply is dropped."""
 
     __slots__ = ("_left", "call", "future")
 
@@ -61,7 +61,7 @@ class Place:
         if isinstance(error, asyncio.CancelledError):
             self.future.cancel()
         else:
-            # Each caller gets its own copy, in which `put_many` records how many messages are stored.
+            # Each caller gets its own copy of the error, because `put_many` records in it how many messages are stored.
             self.future.set_exception(copy(error) if isinstance(error, DSMQError) else error)
 
 
@@ -77,7 +77,7 @@ class Connection(asyncio.Protocol):
         """Why the connection has ended."""
         self.has_answered = False
         self.due: deque[Place] = deque()
-        """The calls with outstanding replies, one entry for each reply."""
+        """The calls with outstanding replies, one entry per reply."""
         self.on_room: Callable[[], None] = lambda: None
         """Called when more may be sent."""
         self.on_lost: Callable[[Connection], None] = _fail_calls
@@ -87,7 +87,7 @@ class Connection(asyncio.Protocol):
         self._parser = ReplyParser()
         self._transport: asyncio.Transport
         self._is_full = False
-        # The timeout for replies, counted from the last progress, and that for requests that do not wait. Progress
+        # The current timeout, counted from the last progress, and the timeout for requests that do not wait. Progress
         # means that this client or the server has received data.
         self._timeout, self._base_timeout = timeout, timeout
         self._progress_at = self._loop.time()
@@ -109,14 +109,14 @@ class Connection(asyncio.Protocol):
                 value = raise_if_fatal(reply[0])
                 if not due:
                     raise ProtocolError(f"unexpected: {value!r}")
-                # Removed afterwards, so that the reply is not lost if this is interrupted.
+                # Remove the data afterwards, so that the reply is not lost if this is interrupted.
                 due[0].answer(value)
                 due.popleft()
                 self.has_answered = True
         except DSMQError as error:
             self.fail(error)
         except BaseException:
-            # A reply may have been lost: the next ones must not go to the wrong calls.
+            # A reply may have been lost, and later replies must not go to the wrong calls.
             self.fail(ConnectionResetError("interrupted"))
             raise
         self.on_room()
@@ -142,7 +142,7 @@ class Connection(asyncio.Protocol):
         return not self._is_full and (not self.due or len(self.due) + call.replies <= _MAX_UNANSWERED)
 
     def send(self, queue: deque[Place]) -> None:
-        """Send as many calls from the front of a queue as there is room for."""
+        """Send calls from the front of a queue, as many as there is room for."""
         requests, size, seconds = [], 0, 0.0
         while queue and size < BYTES_AT_ONCE and self.has_room(queue[0].call):
             place = queue[0]
@@ -191,12 +191,12 @@ class Connection(asyncio.Protocol):
             self.fail(TimeoutError(f"no reply within {self._timeout:g} s"))
 
     def _count_unsent(self) -> int:
-        """Return the number of sent bytes that the server has not received, as far as known."""
+        """Return the number of sent bytes that the server has not received, as far as is known."""
         return self._transport.get_write_buffer_size() + unsent_bytes(self.sock)
 
     @property
     def is_stale(self) -> bool:
-        """Whether it has been idle for a while, so that it may have ended without the event loop noticing."""
+        """Whether the connection has been idle for so long that it may have ended without the event loop noticing."""
         return not self.due and self._loop.time() - self._progress_at > LONG_PAUSE_SECONDS
 
     async def await_end(self) -> None:
@@ -217,7 +217,7 @@ class Connection(asyncio.Protocol):
                 self.due[0].fail(error)
             error = ConnectionResetError(reason(error))
         self.error = error
-        # At once, even if the event loop is not running.
+        # Take effect at once, even if the event loop is not running.
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         self._transport.abort()
@@ -268,7 +268,7 @@ async def _connect(core: Core, endpoint: Endpoint) -> tuple[Connection, State]:
             raise TimeoutError(str(error) or f"{endpoint}: no answer within {core.timeout:g} s") from None
         if connection is not None and isinstance(error, ReplyError | OSError):
             explain = partial(explain_greeting, is_first=not core.session.epoch)
-            # In a thread, because this may connect to find out which program answers.
+            # Run it in a thread, because it may connect to find out which program answers.
             loop, received = asyncio.get_running_loop(), connection.received
             raise await loop.run_in_executor(None, explain, endpoint, received, error) from None
         raise

@@ -18,7 +18,7 @@ from dsmq.system import process
 class Channel(Retryable):
     """A connection that is replaced when it breaks, and the calls to make on it, in order.
 
-    Calls without a reply when it breaks are sent again first.
+    When it breaks, the unanswered calls are sent again first.
     """
 
     def __init__(self, core: Core) -> None:
@@ -73,7 +73,7 @@ class Channel(Retryable):
             while self._queue and connection.error is None and connection.has_room(self._queue[0].call):
                 connection.send(self._queue)
         except OSError as error:
-            # Another connection has found that the server was restarted, so this call failed on this one.
+            # The call failed because another connection has found that the server was restarted.
             connection.due.append(self._queue[0])
             connection.fail(error)
         except BaseException:
@@ -96,7 +96,7 @@ class Channel(Retryable):
             self._core.move_on(connection.endpoint)
         if connection.has_answered or self._was_idle:
             self._retries.reset()
-        # If sending was interrupted, a call may be in both.
+        # If sending was interrupted, a call may be in both queues.
         self._queue = deque(dict.fromkeys([*connection.due, *self._queue]))
         connection.due.clear()
         if self._has_calls():
@@ -108,7 +108,8 @@ class Channel(Retryable):
 
     def _connect_soon(self) -> None:
         if self._connecting is None:
-            # A separate task: the call that needs the connection may be cancelled, while others need it too.
+            # Use a separate task, because the call that needs the connection may be cancelled while others need it,
+            # too.
             self._connecting = asyncio.create_task(self._connect())
             self._connecting.add_done_callback(self._on_connecting_done)
 
@@ -125,7 +126,7 @@ class Channel(Retryable):
         try:
             await self.settle()
             if self._connection and self._connection.error is not None and self._was_idle:
-                # No call has failed, so this is not another attempt.
+                # No call has failed, so this does not count as another attempt.
                 self._core.announce("lost", self._connection.error)
                 self._connection = None
             while self._has_calls() and not (self._connection and self._connection.error is None):
@@ -156,7 +157,7 @@ class Channel(Retryable):
 
     async def settle(self) -> None:
         """Let the event loop notice if the connection has ended."""
-        # The first iteration selects, the second reads, the third reports errors.
+        # The loop's first iteration selects, the second reads, and the third reports errors.
         for _ in range(3):
             await asyncio.sleep(0)
 
@@ -199,7 +200,7 @@ class Channel(Retryable):
         self._fail_calls(error)
 
     def abandon(self) -> None:
-        """Close only the file descriptor: the event loop is closed, or belongs to the parent process."""
+        """Close only the file descriptor, because the event loop is closed, or belongs to the parent process."""
         if self._connection is not None:
             self._connection.sock.close()
 
@@ -233,12 +234,12 @@ class Pool:
         return self.process is process() and self.loop.is_running()
 
     async def wait(self, call: Call) -> None:
-        """Make a waiting call on its own connection, because later calls on it would wait too."""
+        """Make a waiting call on a separate connection, because later calls on the same one would wait, too."""
         channel = self._idle.pop() if self._idle else self._add_channel()
         try:
             await channel.ask(call)
         except BaseException as error:
-            # The server may still be waiting on this connection.
+            # On this connection, the server may still be waiting.
             self._remove_channel(channel, error)
             raise
         channel.idle_since = self.loop.time()

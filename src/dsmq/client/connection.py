@@ -26,20 +26,20 @@ from dsmq.wire.resp import Reply, ReplyParser
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-# Receive more at once if replies are long. For short ones that is slower: an object of more than 128 KiB is allocated
-# from the system, and freed, each time.
+# Receive more at once if replies are long. For short replies that is slower, because each object of more than 128 KiB
+# is allocated by the system and returned to it.
 _RECEIVE_BYTES, _RECEIVE_MORE_BYTES = 65_536, 262_144
 # A socket's timeout in milliseconds must fit into 32 bits.
 _LONGEST_TIMEOUT = 1e6
 # After a longer pause, check that a connection is still open before sending.
 LONG_PAUSE_SECONDS = 0.1
 CLOSED_BY_SERVER = "the server has closed the connection"
-# A slower link times out, as on the server.
+# A slower link times out, as it does on the server.
 _SLOWEST_SECONDS_PER_BYTE = 1 / 16_384
 # How long to poll for a reply before sleeping.
 BUSY_POLL_SECONDS = 150e-6
-# A signal handler may fork without Python's hooks. In the child, the interrupted call would wait for a reply that the
-# parent receives, so it wakes up now and then to check.
+# A signal handler may fork without running Python's hooks. In the child, the interrupted call would wait for a reply
+# that the parent receives, so it wakes up now and then to check.
 _LONGEST_SLEEP_SECONDS = 1.0
 
 
@@ -52,7 +52,7 @@ class Connection:
         self.used_at = math.inf
         self._process = process()
         self._parser = ReplyParser()
-        # The timeout for the next reply, and that for a request that does not wait.
+        # The timeout for the next reply, and the timeout for requests that do not wait.
         self._timeout, self._base_timeout = timeout, timeout
         self._deadline = math.inf
         self._poll_not_before = 0.0
@@ -60,7 +60,7 @@ class Connection:
         self.received = b""
         """The data received last."""
         self._socket = dial(endpoint, tls, min(timeout, _LONGEST_TIMEOUT))
-        # An interrupt may drop the connection at any point.
+        # An interrupted call may drop the connection at any point.
         weakref.finalize(self, self._socket.close)
         self._selector = Selector()
         self._selector.register(self._socket, EVENT_READ)
@@ -94,7 +94,7 @@ class Connection:
         self._receive_all(puts)
 
     def _receive_all(self, puts: PutMany, but: int = 0) -> None:
-        """Receive the replies to all batches but the newest `but`."""
+        """Receive the replies to all batches except the newest `but`."""
         while len(puts.unanswered) > but:
             batch = puts.unanswered[0]
             while batch.replies:
@@ -114,7 +114,7 @@ class Connection:
             # The kernel may have buffered more than it has sent.
             self._deadline += sent * _SLOWEST_SECONDS_PER_BYTE
         except ConnectionError:
-            # The server has hung up. `receive` may still return the reason.
+            # The server has closed the connection. `receive` may still return its reason.
             return
 
     def _send(self, data: bytes | memoryview) -> int:
@@ -150,8 +150,8 @@ class Connection:
     def _receive(self) -> bytes:
         """Wait for data and return it; empty at the end of the connection.
 
-        Polls briefly before it sleeps, unless that did not help the last time: waking a sleeping processor takes longer
-        than most requests, especially in virtual machines.
+        Polls briefly before sleeping, unless polling did not help the last time: waking a sleeping processor takes
+        longer than most requests, especially in a virtual machine.
         """
         began = now = time.monotonic()
         while True:
@@ -199,7 +199,7 @@ class Connection:
         """The reason why the connection has ended, if it has. No reply may be outstanding."""
         try:
             if data := self._socket.recv(self._receive_bytes):
-                # If no request is outstanding, the server sends only its reason for hanging up.
+                # If no request is outstanding, the server sends nothing but its reason for closing the connection.
                 self._parser.feed(data)
                 return f"unexpected: {self.receive()!r}"
         except BlockingIOError:

@@ -20,10 +20,10 @@ from dsmq.system import boot_time
 from dsmq.wire.addresses import Endpoint
 from dsmq.wire.limits import MAX_INTEGER
 
-# The next call closes surplus connections that have been idle for this long.
+# Surplus connections that have been idle for this long are closed by the next call.
 IDLE_SECONDS = 5.0
-# The first retry is immediate. The others follow after this delay, doubling each time, with jitter, so that many
-# clients do not all reconnect at once.
+# The first retry is immediate. Later retries are delayed by this time, which doubles each time, with jitter, so that
+# many clients do not all reconnect at once.
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.01, 1.0
 
 NOT_STARTED = (ConnectionRefusedError, FileNotFoundError, ClosedSilently)
@@ -50,7 +50,7 @@ class Retries:
         self.reset()
 
     def reset(self) -> None:
-        """Start again, after progress."""
+        """Start from the beginning, after progress."""
         self._until = math.inf
         self._delays = _retry_delays()
 
@@ -103,7 +103,7 @@ class Core:
         self.session = Session("" if token is None else arguments.text("token", token), name, options.get("start"))
         self.is_closed = False
         self.down: dict[State, object] = {}
-        """Its keys are the states announced since the connection was lost: `lost`, possibly `given up`."""
+        """The keys are the states reported since the connection was lost: `lost`, and possibly `given up`."""
 
     # Connections
 
@@ -128,8 +128,7 @@ class Core:
             self.endpoint = self.endpoints[(self.endpoints.index(endpoint) + 1) % len(self.endpoints)]
 
     def choose(self) -> bool:
-        """After the first connection, choose a random server if all share a store; return whether it is a different
-        one.
+        """If all servers share a store, choose a random one after the first connection; return whether it is different.
 
         This spreads clients over the servers. Without a shared store, others are used only if the first fails.
         """
@@ -150,8 +149,8 @@ class Core:
         if not is_lost(error, connecting=not connected):
             if self.down and isinstance(error, ReplyError):
                 self.announce("resumed" if connected else "given up", error)
-            # If raised here, the error would refer to itself through this frame, and keep its connection alive until
-            # the next garbage collection.
+            # If it were raised here, the error would refer to itself through this frame, and keep its connection alive
+            # until the next garbage collection.
             return None
         if self.is_closed:
             raise ClientClosed("the client was closed during the call") from error
@@ -167,7 +166,7 @@ class Core:
     # States
 
     def announce(self, state: State, error: BaseException | None = None) -> None:
-        """Log and report a new state: each loss and each recovery once."""
+        """Log and report a new state. Each loss and each recovery is reported once."""
         if not self._enter(state):
             return
         if state not in ("lost", "given up"):
@@ -185,7 +184,7 @@ class Core:
             self._on_state_change(state)
 
     def _enter(self, state: State) -> bool:
-        """Enter a state; return whether it is new. A lock would hang signal handlers; each step is atomic."""
+        """Enter a state; return whether it is new. Each step is atomic, because a lock would hang signal handlers."""
         down, this = self.down, object()
         if state == "lost":
             return down.setdefault("lost", this) is this
@@ -228,11 +227,11 @@ class Client:
 
         Alternatively, start with the last `last` messages, as of the next read, or with those put in the last `since`
         seconds. `topic` may be a pattern or a list of topics, as in `read`; `last` counts the messages of all of them.
-        Until that read, `position` is before all messages.
+        Until then, `position` is before all messages.
 
-        With a position of another epoch, from before the server lost its messages, the topic is read from its oldest
-        message, and on_state_change is called with `replaced`. With an id that the server has not assigned yet, the
-        next read raises BadRequest. Raises ValueError if it is neither a position nor an id.
+        If the position is from another epoch, before the server lost its messages, the topic is read from its oldest
+        message, and on_state_change is called with `replaced`. If the server has not assigned the id yet, the next read
+        raises BadRequest. Raises ValueError if the argument is neither a position nor an id.
         """
         if (position is not None) + (last is not None) + (since is not None) != 1:
             raise TypeError("seek takes a position, last= or since=")
@@ -242,27 +241,27 @@ class Client:
     def forget(self, topic: str) -> None:
         """Forget the position in a topic, to save memory. If read again, it starts from when this client connected.
 
-        Beyond a thousand topics, silent ones are forgotten anyway once everything read from them has expired.
+        Of more than a thousand topics, silent ones are forgotten anyway once everything read from them has expired.
         """
         self._session.forget(topic)
 
     @property
     def max_message_bytes(self) -> int:
-        """The longest message that the server accepted when this client connected."""
+        """The length of the longest message that the server accepted when this client connected."""
         return self._session.max_message_bytes
 
     @property
     def missed(self) -> int:
         """The number of messages that expired before this client read them, in all topics it reads.
 
-        In each topic, they are counted from the first message that this client got.
+        In each topic, counting starts with the first message that this client got.
         """
         return self._session.missed
 
     def missed_in(self, topic: str | Sequence[str]) -> int:
         """Return the share of `missed` of one topic, or of a pattern or several topics read together.
 
-        A topic read together with others is no longer counted once everything read from it has expired.
+        A topic that is read together with others no longer counts once everything read from it has expired.
         """
         return self._session.missed_in(topic)
 

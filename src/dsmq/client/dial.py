@@ -27,12 +27,12 @@ Address: TypeAlias = "tuple[int, int, int, Any]"
 
 STAGGER_SECONDS = 0.25
 """How long an address has before the next one is tried in parallel (RFC 8305, section 5)."""
-# If an address refuses the connection, a server may be starting there: the others get only this long before all are
-# tried again.
+# If an address refuses the connection, a server may be starting there. Then the other addresses get only this long
+# before all of them are tried again.
 REST_SECONDS = 2.0
 # A selector does not accept an infinite wait.
 _LONGEST_WAIT_SECONDS = 86_400.0
-# Not EWOULDBLOCK: a Unix socket with a full queue reports that, and does not continue connecting.
+# EWOULDBLOCK is missing because a Unix socket with a full queue reports it, and then does not continue connecting.
 _IN_PROGRESS = {errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
 _TLS_ALERT = b"\x15\x03"
 # The first bytes from programs that users mistake for a dsmq server.
@@ -49,7 +49,7 @@ _PROGRAMS = {
     b"-ERR ": "Redis or a compatible server",
     b"-NOAUTH HELLO": "Redis or a compatible server",
 }
-# MQTT 3.1.1, from a client without an id. A broker closes a connection that begins with anything else.
+# CONNECT of MQTT 3.1.1, without a client id. A broker closes a connection that begins with anything else.
 _MQTT_CONNECT = b"\x10\x0c\x00\x04MQTT\x04\x02\x00\x05\x00\x00"
 _PROBE_SECONDS = 1.0
 Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
@@ -163,7 +163,7 @@ class Race:
         self.selector.close()
 
     def run(self, timeout: float) -> Iterator[float]:
-        """Iterate until there is a winner; wait on the selector for up to the seconds yielded each time.
+        """Iterate until an attempt succeeds; each time, the caller waits on the selector for up to the seconds yielded.
 
         Raises OSError if no address can be reached in time.
         """
@@ -218,13 +218,13 @@ class Race:
         sock.close()
 
     def _failure(self) -> OSError:
-        """Return the error to raise when no address could be reached."""
+        """Return the error to raise because no address could be reached."""
         timed_out = TimeoutError(errno.ETIMEDOUT, "timed out")
         errors = [*self._errors, *((address, timed_out) for address in self._pending.values())]
         reasons = "; ".join(f"{address[3][0]}: {reason(error)}" for address, error in errors)
         refused = [error for _, error in errors if isinstance(error, ConnectionRefusedError)]
         if refused:
-            # A server may be starting at the address that refused the connection, whatever the other errors were.
+            # Whatever the other errors are, a server may be starting at the address that refused the connection.
             about = f" ({reasons})" if len(refused) < len(errors) else ""
             return ConnectionRefusedError(errno.ECONNREFUSED, f"no server answers at {self._endpoint}{about}")
         first = errors[0][1]
@@ -245,13 +245,13 @@ def with_text(error: OSError, text: str) -> OSError:
 
 
 class ClosedSilently(ConnectionResetError):
-    """The connection was closed without an answer, as a proxy does before the server behind it has started."""
+    """The connection was closed without an answer, for example by a proxy whose server has not started yet."""
 
 
 def explain_greeting(endpoint: Endpoint, received: bytes, error: Exception, *, is_first: bool) -> Exception:
     """Return the error to raise instead of this one, if `received` is not a dsmq server's reply to HELLO.
 
-    If nothing was received on the first connection, this connects again to find out whether it is an MQTT broker.
+    If nothing was received on the first connection, this connects again to check for an MQTT broker.
     """
     if is_first and isinstance(error, ConnectionResetError) and not received:
         received = _ask_for_mqtt(endpoint)
@@ -261,7 +261,7 @@ def explain_greeting(endpoint: Endpoint, received: bytes, error: Exception, *, i
         error = ProtocolError(str(error))
     if received.startswith(_TLS_ALERT):
         return ConnectionAbortedError(f"{endpoint} answers with a TLS alert; does it require TLS?")
-    # Redis replies to HELLO with either error.
+    # Redis replies to HELLO with one of these errors.
     if isinstance(error, ProtocolError) or type(error) is ReplyError or received.startswith(b"-NOAUTH HELLO"):
         return ProtocolError(f"{endpoint} is {_program(received)}")
     return explain_failure(endpoint, error) if isinstance(error, OSError) else error

@@ -12,9 +12,9 @@ class Message(NamedTuple):
 
     topic: str
     id: int
-    """Increases over all topics of a server, and is never reused."""
+    """Increases across all topics of a server, and is never reused."""
     number: int
-    """Counts the messages of the topic, from 1."""
+    """Counts the messages of the topic, starting at 1."""
     put_at: float
     """The time of the put: seconds since 1970, on this machine's clock."""
     body: bytes

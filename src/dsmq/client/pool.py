@@ -1,4 +1,4 @@
-"""The connections of the blocking client: each call uses one exclusively; idle ones are reused."""
+"""The connections of the blocking client. Each call has a connection to itself; idle ones are reused."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Pool:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        # Released on closing, to wake calls that wait before a retry. Not an Event, because its lock could hang a
-        # signal handler that closes the client.
+        # Released on closing, to wake calls that wait before a retry. An Event has a lock, which could hang a signal
+        # handler that closes the client.
         self._closing = _thread.allocate_lock()
         self._closing.acquire()
         self._process = process()
@@ -46,7 +46,7 @@ class Pool:
         except IndexError:
             connection = None
         if connection is None:
-            # Not while the error is being handled: the traceback of an interrupt would include it.
+            # Connect outside of the exception handler, or the traceback of an interrupt would include the error.
             return self.connect()
         if time.monotonic() - connection.used_at < one.LONG_PAUSE_SECONDS:
             return connection
@@ -67,16 +67,16 @@ class Pool:
                 _thread.start_new_thread(_tidy, (weakref.ref(self),))
                 self._is_tidying = True
             except RuntimeError:
-                # There are too many threads, or the program is exiting, but the call has succeeded.
+                # There are too many threads, or the program is exiting. Ignore that, because the call has succeeded.
                 with suppress(IndexError):
                     self.idle.pop(0).close()
 
     def discard(self, connection: Connection | None, error: BaseException) -> None:
-        """Close a connection on which a call failed: the next call must not receive its replies."""
+        """Close a connection on which a call failed, because the next call must not receive its replies."""
         if connection is not None:
             connection.close()
         if is_lost(error, connecting=connection is None):
-            # The others have most likely broken as well.
+            # The idle ones have most likely broken as well.
             self.close_idle()
             if connection is not None:
                 self._core.move_on(connection.endpoint)
@@ -154,7 +154,7 @@ class Pool:
                 self.idle.pop(0).close()
         if len(self.idle) <= 1 or self._core.is_closed:
             self._is_tidying = False
-        # Check again: another thread may have returned a connection while the flag was still set.
+        # Check again, because another thread may have returned a connection while the flag was still set.
         if len(self.idle) > 1 and not self._core.is_closed:
             self._is_tidying = True
         return self._is_tidying
@@ -171,7 +171,7 @@ class Pool:
 
 
 def _tidy(ref: weakref.ref[Pool]) -> None:
-    """Close the connections that a burst of threads left behind; runs in its own thread until none are left."""
+    """Close the connections that a burst of threads has left behind. Runs in its own thread until none are left."""
     more = True
     while more:
         time.sleep(IDLE_SECONDS / 5)

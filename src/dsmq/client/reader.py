@@ -1,7 +1,7 @@
 """A client's position in one topic, or in several that it reads together, and the messages it has read ahead.
 
-A reader is shared by threads and by signal handlers, which may call the client between any two steps of the call that
-they interrupt. A lock would hang them. So states are immutable: the next one is linked to the current one with
+A reader is shared by threads and by signal handlers. A handler may call the client between any two steps of the call
+that it interrupts, and a lock would hang it. So states are immutable: the next state is linked to the current one with
 `dict.setdefault`, which is atomic. A call that loses the race starts again from the new state.
 """
 
@@ -20,7 +20,7 @@ from dsmq.system import boot_time
 from dsmq.wire.limits import DEFAULT_COUNT
 from dsmq.wire.resp import encode_bulk
 
-# How long messages may stay in the read-ahead before they are read again, because max_age may have changed.
+# Messages that have been in the read-ahead for longer than this are read again, because max_age may have changed.
 FRESH_SECONDS = 1.0
 MIN_READ_BYTES = 4096
 
@@ -29,13 +29,14 @@ _logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Claim: TypeAlias = "list[tuple[TopicReader, Stretch, int, Step]]"
-"""The messages that a call takes, recorded in advance, so that they can be given back wherever it is interrupted."""
+"""The messages that a call takes, recorded in advance, so that they can be given back wherever the call is
+interrupted."""
 Tried: TypeAlias = "list[tuple[Step, Stretch, int, Stretch]]"
-"""Attempts to give back a claim: the step taken, the state then and the position in it, and the state to follow."""
+"""Attempts to give back a claim: the step taken, the state and the position in it at that time, and the next state."""
 Returned: TypeAlias = "list[tuple[Claim, Tried]]"
 """Claims of interrupted calls. Such a call only appends its claim, which is atomic; the next call gives them back."""
 Asked: TypeAlias = "tuple[Stretch, int, bool]"
-"""The state when a READ was sent, the id after which it reads, and whether it may wait."""
+"""The state when a READ was sent, the id after which to read, and whether it may wait."""
 
 
 def take_back(returned: Returned) -> None:
@@ -58,11 +59,11 @@ class TopicReader:
         self.key = key
         self.topic = key if isinstance(key, str) else ", ".join(key)
         self.names = [] if isinstance(key, str) else [encode_bulk(name.encode()) for name in key]
-        """The encoded topics and patterns; empty if it is one topic."""
+        """The encoded topics and patterns; empty for a single topic."""
         stretch = Stretch(era, era.start, era.number)
         if self.names:
             stretch.counts = {}
-        # The state seen last; there may be later ones.
+        # The last known state; there may be later ones.
         self._seen = stretch, 0
         self.count = 0
         """How many messages to request; 0 leaves that to the server."""
@@ -87,7 +88,7 @@ class TopicReader:
                 stretch, at = step, 0
 
     def _move(self, stretch: Stretch, at: int, step: Step) -> bool:
-        """Move from a state to the next; return False if another call was first."""
+        """Move from a state to the next; return False if another call was faster."""
         if stretch.next.setdefault(at, step) is not step:
             return False
         self._seen = (stretch, step[0]) if isinstance(step, tuple) else (step, 0)
@@ -95,7 +96,7 @@ class TopicReader:
 
     @property
     def position(self) -> tuple[str, int]:
-        """The epoch and id of the last message returned; if messages were given back, of the one before them."""
+        """The epoch and id of the last message returned; if messages were given back, of the message before them."""
         stretch, at = self._current()
         if stretch.is_lost and stretch.rest:
             # These ids belong to an earlier run of the server.
@@ -142,7 +143,7 @@ class TopicReader:
         stretch, at = self._current()
         # The server may refuse an id of another epoch, and the reply is not used.
         after = 0 if stretch.is_lost else stretch.scanned or stretch.last_read
-        # Don't wait if another call has read ahead.
+        # Don't wait if another call has just read ahead.
         return stretch, after, at == len(stretch.ahead)
 
     def asked_for_latest(self) -> Asked:
@@ -175,7 +176,7 @@ class TopicReader:
             elif new:
                 after = stretch.rest_from(at, [*stretch.ahead[at:], *new], stretch.fresh_until)
             else:
-                # After an older reply, messages seen since may still exist.
+                # If the reply is older, messages seen since then may still exist.
                 after = stretch.exhausted(at) if stretch is before and is_taken else None
             if scanned and stretch.end == math.inf and (new or after is None):
                 # All messages up to this id are in the read-ahead.
@@ -192,9 +193,9 @@ class TopicReader:
                 return bool(found) or stretch.rest is not None
 
     def _begin(self, stretch: Stretch, at: int, back: Back, found: Sequence[Entry], scanned: int) -> Stretch:
-        """Begin the range where the server's reply begins; return the new state, even if another call was first.
+        """Begin the range where the server's reply begins; return the new state, even if another call was faster.
 
-        Messages put since a time are requested with a margin; their estimated put times are never too early.
+        When reading since a time, messages are requested with a margin; their estimated put times are never too early.
         """
         first = next((entry for entry in found if back[0] == b"LAST" or entry.put_at >= back[1]), None)
         after = first.id - 1 if first else found[-1].id if found else scanned
@@ -229,7 +230,7 @@ class TopicReader:
             if stretch.next.setdefault(at, step) is step:
                 self._seen = stretch, step[0]
                 if stretch.rest and len(taken) < n:
-                    # This stretch contained only messages that had been given back.
+                    # This stretch consisted of messages that had been given back.
                     with suppress(MessageNotText):
                         taken += self.take(claim, n - len(taken), convert)
                 return taken
@@ -249,7 +250,7 @@ class TopicReader:
     def take_latest(
         self, claim: Claim, asked: Asked, found: list[Entry], convert: Callable[[TopicReader, Entry], T]
     ) -> list[T] | None:
-        """Take the message that READ … LATEST found, and skip all older ones. None if the request is outdated."""
+        """Take the message that READ … LATEST found, and skip all older ones; None if the request is outdated."""
         while True:
             stretch, at = self._current()
             if stretch.era is not asked[0].era or stretch.generation != asked[0].generation:
@@ -299,8 +300,8 @@ class TopicReader:
     def seek(self, after: int, epoch: str = "", back: Back | None = None) -> bool:
         """Continue after an id of an epoch, by default the current one, and drop the read-ahead.
 
-        With `back`, the server determines the position. Returns False if it is another epoch: then the oldest message
-        is next, unless it turns out that the server was restarted and has that epoch now.
+        With `back`, the server determines the position. Returns False for a different epoch: then the oldest message is
+        next, unless the server turns out to have been restarted and to be in that epoch now.
         """
         while True:
             stretch, at = self._current()

@@ -29,9 +29,9 @@ def stored_id(reply: Reply) -> int:
 
 
 def raise_if_fatal(reply: Reply) -> Reply:
-    """Return a reply, which may be an error; raise it if the connection can't be used any more.
+    """Return a reply, even if it is an error, but raise it if the connection can no longer be used.
 
-    After most of these errors, the server hangs up. After Unsure, another server may know the outcome.
+    After most of these errors, the server closes the connection. After Unsure, another server may know the outcome.
     """
     if isinstance(reply, (ProtocolError, AuthRequired, Busy, ShuttingDown, TimedOut, InternalError, Unsure)):
         raise reply
@@ -41,7 +41,7 @@ def raise_if_fatal(reply: Reply) -> Reply:
 def is_lost(error: BaseException, *, connecting: bool) -> TypeGuard[Exception]:
     """Return whether an error means that the connection is lost, and a new one is needed."""
     if isinstance(error, DSMQError):
-        # A full server may have room soon; one whose tokens have changed may accept this client's token.
+        # A busy server may have room soon, and a server whose tokens have changed may accept this client's token.
         return isinstance(error, ShuttingDown | TimedOut | Unsure | (Busy if connecting else AuthRequired))
     return isinstance(error, OSError)
 

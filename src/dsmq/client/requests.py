@@ -1,4 +1,4 @@
-"""Calls, which can be repeated on another connection when one breaks. Without I/O, for both clients."""
+"""Calls, which can be repeated on another connection when one breaks. Used by both clients; does no I/O."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ Convert: TypeAlias = Callable[[TopicReader, Entry], T]
 
 FORKED = "this process is a child of the one that opened the connection"
 NOT_RUN = (ShuttingDown, TimedOut, AuthRequired)
-"""Errors after which the server hangs up without having run the unanswered requests."""
+"""Errors after which the server closes the connection without having run the unanswered requests."""
 
 # A longer wait is split into several requests, so that both sides soon notice if the other has vanished.
 MAX_WAIT_SECONDS = 15.0
-# Max size of a batch of `put_many`: its requests and replies fit into the kernel's buffers, and a server remembers the
-# puts of two batches of one producer.
+# Max size of a batch of `put_many`. Its requests and replies fit into the kernel's buffers, and a server remembers the
+# puts of a producer's last two batches.
 PUTS_AT_ONCE = 500
 BYTES_AT_ONCE = 262_144
-# The bytes of a put in addition to its topic and message.
+# The size of a put in addition to its topic and message.
 _PUT_BYTES = 80
-# A batch is sent incomplete if its messages take longer than this to arrive.
+# If its messages take longer than this to arrive, a batch is sent incomplete.
 _LONG_BATCH_SECONDS = 0.1
 _AGAIN = b"*7%b$5\r\nAGAIN\r\n"
 # How long a put is retried: well within the 600 seconds for which the server remembers it.
@@ -45,22 +45,22 @@ RESEND_SECONDS = 300.0
 # A read that waited longer than this before its connection broke had reached a server.
 _LONG_WAIT_SECONDS = 1.0
 
-# The server counts back from when it gets the request. Nothing put after a `seek` may be skipped, so request more.
+# The server counts back from when it receives the request. Request more, so that nothing put after a `seek` is skipped.
 _SINCE_MARGIN_SECONDS = 1.0
 
 _LATEST = encode_bulk(b"LATEST")
-# For several topics, request as many as the server returns at once.
+# When reading several topics, request as many messages as the server returns at once.
 _ALL_LATEST = _LATEST + encode_option(b"COUNT", MAX_COUNT)
 
 
 class Producer:
-    """Numbers the puts of one connection; a server recognises those that are sent again."""
+    """Numbers the puts of one connection, so that a server recognises those that are sent again."""
 
     __slots__ = ("_name", "_seq", "era", "process", "run")
 
     def __init__(self, run: bytes, era: Era | None = None) -> None:
         self.run, self.era = run, era
-        # Importing the module `secrets` takes longer than importing the rest of this package.
+        # Importing `secrets` would take longer than importing the rest of this package.
         self._name = binascii.b2a_base64(os.urandom(9), newline=False)
         self._seq = 0
         self.process = process()
@@ -74,12 +74,12 @@ class Producer:
 
 
 class Retryable:
-    """Anything that may be sent again on another connection when the current one breaks."""
+    """Something that may be sent again on another connection when the current one breaks."""
 
     __slots__ = ()
 
     def on_connection_lost(self, _: Exception) -> bool:
-        """Note that the connection broke after this was sent; return whether there was progress on it.
+        """Record that the connection broke after this was sent; return whether there had been progress.
 
         Raises ConnectionLost if it must not be sent again.
         """
@@ -120,7 +120,7 @@ class Call(Retryable):
 
 
 class NonIdempotent(Call):
-    """A request that is sent again only if it certainly has not run."""
+    """A request that is sent again only if it is certain that it has not run."""
 
     __slots__ = ("_is_sent",)
 
@@ -140,7 +140,7 @@ class NonIdempotent(Call):
 
 
 class Read(Call):
-    """A READ from a client's position, until a time on the monotonic clock."""
+    """A READ from a client's position, which waits until a time on the monotonic clock."""
 
     __slots__ = ("_asked_at", "_is_selection", "_latest", "_reader", "_session", "_until", "asked")
 
@@ -149,7 +149,7 @@ class Read(Call):
         self.seconds = 0.0
         self._asked_at: float
         self.asked: Asked
-        """What was requested last."""
+        """The last request."""
 
     @property
     def waits(self) -> bool:
@@ -202,7 +202,7 @@ class Read(Call):
             # The link may be slow.
             self._session.read_bytes = max(MIN_READ_BYTES, self._session.read_bytes // 4)
             return False
-        # Something on the network may cut idle connections; but if it accepts connections only to close them, it is not
+        # Something on the network may cut idle connections. But if it accepts connections only to close them, it is not
         # a server.
         return bool(self.seconds) and time.monotonic() - self._asked_at > _LONG_WAIT_SECONDS
 
@@ -232,7 +232,7 @@ def read(  # noqa: PLR0913, PLR0917 - what a read consists of
     more = True
     while (more and len(taken) < n) or (until and not taken and time.monotonic() < until):
         yield (call := Read(session, reader, 0.0 if taken else until))
-        # Checked here, because this READ may have been the first call to find that the server was restarted.
+        # Check here, because this READ may have been the first call to find that the server was restarted.
         if session.is_restarted and (doubt := reader.doubt):
             yield (stats := Call(encode_request(b"STATS", reader.topic.encode(), b"AFTER", b"%d" % doubt[1])))
             reader.renumber(doubt, restored_number(stats.reply))
@@ -287,7 +287,7 @@ def purge(topic: str) -> Call:
 
 
 class Put(Call):
-    """A put, which is repeated under the same key, so that it is stored once."""
+    """A put, which is repeated with the same key, so that it is stored once."""
 
     __slots__ = ("_body", "_is_sent", "_keyed", "_run", "_sent_at", "_topic", "is_unsure")
 
@@ -296,7 +296,7 @@ class Put(Call):
         self._keyed = b""
         self._is_sent = False
         self.is_unsure = False
-        """Whether it may be stored: it was sent, and no reply has told the outcome."""
+        """Whether the message may be stored: it was sent, and no reply has reported the outcome."""
         self.seconds = 0.0
 
     def request(self, producer: Producer) -> bytes:
@@ -328,7 +328,7 @@ class Put(Call):
 
 
 class Batch(Put):
-    """Some of the puts of `put_many`. Those that have been answered are not sent again."""
+    """Some of the puts of `put_many`. Puts that have been answered are not sent again."""
 
     __slots__ = ("_all_keyed", "_answered", "_bodies", "_many")
 
@@ -356,7 +356,7 @@ class Batch(Put):
             try:
                 self._raise_if_forgotten(producer)
             except DSMQError as error:
-                # Nothing may be stored after lost messages.
+                # If messages are lost, none after them may be stored.
                 self._many.lost = error
                 raise
             return b"".join([_AGAIN % keyed for keyed in self._all_keyed])
@@ -378,12 +378,12 @@ class PutMany(Retryable):
         self.ids: list[int] = []
         """The ids of the messages that are stored."""
         self.lost: DSMQError | None = None
-        """The reason why a batch can't be sent again; later ones are not sent either."""
+        """Why a batch can't be sent again; later batches are not sent either."""
         self.unanswered: deque[Batch] = deque()
         """The batches that are being sent on one connection."""
         self.batches = self._batches(map(arguments.message, arguments.messages(messages)))
-        """New batches. None precedes a batch whose messages were slow to arrive: first read all replies, and check that
-        the connection is still open.
+        """New batches. None means that the next batch was slow to arrive: first read all replies, and check that the
+        connection is still open.
         """
         self._error: Exception | None = None
         # The number of messages stored before the server refused one.
@@ -415,7 +415,7 @@ class PutMany(Retryable):
         return batch
 
     def take_reply(self, reply: Reply) -> None:
-        """Take the next reply. After an error there are no new batches; it is raised when all replies have arrived."""
+        """Process the next reply. After an error there are no new batches; it is raised once all replies are here."""
         try:
             self.ids.append(stored_id(reply))
         except ReplyError as error:
@@ -438,7 +438,7 @@ class PutMany(Retryable):
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Raise a message's error, if any. Set the numbers of stored messages in any DSMQError."""
-        # Now, not when the garbage collector runs, in any thread.
+        # Close it now; otherwise, the garbage collector would do so later, in any thread.
         self.batches.close()
         raised = error or self._error
         if isinstance(raised, DSMQError):

@@ -1,4 +1,4 @@
-"""A client's state: its positions, the messages read ahead, and the server's epochs and runs. Without I/O."""
+"""A client's state: its positions, the messages read ahead, and the server's epochs and runs. Does no I/O."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LOST: dict[State, str] = {
 _MAX_EPOCHS = 8
 # A tuple, because a union would be created for each read.
 _KEYS = (str, Names)
-# Makes an Entry several times as fast as calling it.
+# Makes an Entry several times faster than calling it.
 _new = tuple.__new__
 _MIN_READERS, _MAX_RECENT_READERS = 1000, 100
 # Readers are kept a little longer than messages, because the server may delete messages late.
@@ -55,13 +55,13 @@ class Session:
     """A client's session with its server, over many connections."""
 
     def __init__(self, token: str = "", name: bytes | None = None, start: str | int | None = None) -> None:
-        """Topics are read from the position `start`; by default, from the first message put after connecting."""
+        """Topics are read from the position `start`, or by default from the first message put after connecting."""
         self._token, self._name = token, name
         self.max_message_bytes = 0
         self.read_bytes = MAX_READ_BYTES
         """The number of bytes to request at once; lower after a reply timed out."""
         self.is_restarted = False
-        """Whether the server was ever restarted, so that readers may have lost count of message numbers."""
+        """Whether the server has ever been restarted, so that readers may have lost count of message numbers."""
         self.returned: Returned = []
         self.jobs: dict[object, Jobs] = {}
         """The jobs in each process that uses the client, by the result of `process`."""
@@ -69,14 +69,14 @@ class Session:
         """Whether the server shares its store with others."""
         self._era = Era("", b"", 0, None)
         self._epochs: dict[str, tuple[int, int | None, bytes]] = {}
-        """For the last few epochs: the start of topics, as in the epoch's first era, and the last run."""
+        """For each of the last few epochs: where topics start, as in the epoch's first era, and the last run."""
         self._start = None if start is None else parse_position(0 if start == "oldest" else start)
         self._readers: dict[str | Names, TopicReader] = {}
-        # With more readers than this, those of silent topics are forgotten.
+        # If there are more readers than this, those of silent topics are forgotten.
         self._max_readers = _MIN_READERS
-        # The number of messages that forgotten readers had missed.
+        # How many messages forgotten readers had missed.
         self._missed_before = 0
-        # The most recently used readers, which may still contain messages that have been returned.
+        # The last readers used, which may still contain messages that have been returned.
         self._recent: deque[TopicReader] = deque()
 
     @property
@@ -100,8 +100,8 @@ class Session:
     def handle_hello(self, reply: Reply) -> tuple[State, Era]:
         """Process the reply to HELLO on a new connection; return the new state, and the era.
 
-        A new epoch means that the server has lost its messages: all messages it has now were put after this client
-        connected, and are read from the oldest. A new run means that it may have lost the last messages put.
+        A new epoch means that the server has lost its messages: all that it has now were put after this client
+        connected, and are read from the oldest on. A new run means that it may have lost the last messages put.
         """
         facts = as_map(reply)
         if facts.get("server", b"dsmq") != b"dsmq":
@@ -121,7 +121,7 @@ class Session:
                 self._epochs[epoch] = start, None, run
                 return state, self._era
             self.is_restarted = True
-            # A client of several servers may return to an epoch that it knows.
+            # A client with several servers may return to an epoch that it knows.
             start, number, known_run = self._epochs.get(epoch, (0, 0, b""))
             new = Era(epoch, run, start, number, lost if known_run else ())
             if era.next.setdefault(0, new) is new:
@@ -141,7 +141,7 @@ class Session:
         return 0, "replaced"
 
     def reader(self, topic: str | Names) -> TopicReader:
-        """Return the reader of a topic or several. Raises TypeError or ValueError if the topic is invalid."""
+        """Return the reader of one or more topics. Raises TypeError or ValueError if a topic is invalid."""
         if self.returned:
             take_back(self.returned)
         reader = self._readers.get(topic) if isinstance(topic, _KEYS) else None
@@ -151,7 +151,7 @@ class Session:
         if not isinstance(topic, Names):
             topic_name(topic)
         if len(self._readers) >= self._max_readers:
-            # This forgets only readers that never had a message.
+            # Only readers that never had a message are forgotten here.
             self._forget_silent(math.inf)
         return self._readers.setdefault(topic, TopicReader(topic, self.era))
 
@@ -199,7 +199,7 @@ class Session:
 
     @property
     def missed(self) -> int:
-        """The number of messages that expired unread; in each topic, since the first one that this client read."""
+        """The number of messages that expired unread; in each topic, from the first one that this client read."""
         take_back(self.returned)
         return self._missed_before + sum(reader.missed for reader in list(self._readers.values()))
 

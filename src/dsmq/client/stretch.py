@@ -19,7 +19,7 @@ class Entry(NamedTuple):
     body: bytes
     put_at: float = 0.0
     topic: str = ""
-    """Its topic, if several are read together; then `number` counts the messages of all of them, even expired ones."""
+    """The topic, if several are read together; then `number` counts the messages of all of them, even expired ones."""
     topic_number: int = 0
     """The number in the topic, if several are read together."""
 
@@ -33,12 +33,12 @@ class Count(NamedTuple):
 
 
 Counts: TypeAlias = dict[str, Count]
-# Beyond this number, topics without readable messages are dropped.
+# If there are more topics than this, those without readable messages are dropped.
 _MAX_COUNTS = 1000
 
 
 class Era:
-    """One run of the server in one epoch, as far as the client knows. `next` is the one that followed."""
+    """One run of the server in one epoch, as far as the client knows. `next` is the era that followed."""
 
     __slots__ = ("_lost", "epoch", "next", "number", "run", "start")
 
@@ -83,13 +83,13 @@ class Stretch:
         self.ahead, self.fresh_until = ahead, fresh_until
         self.gaps, self.last_read = (missing_numbers(number, ahead), ahead[-1].id) if ahead else (0, last_id)
         self.is_lost = fresh_until == math.inf
-        # Id and number of the newest message known to exist in the range. If it expires unread, its number tells how
+        # Id and number of the newest message known to exist in the range. If it expires unread, its number shows how
         # many were missed.
         self.known = 0, 0
-        # The number of seeks, and since the last one, the number of times that messages were found to have expired. A
-        # reply to a request of an earlier generation is outdated.
+        # The number of seeks, and how many times since the last seek messages were found to have expired. A reply to a
+        # request of an earlier generation is outdated.
         self.generation = 0, 0
-        # Whether the server may have lost the message with `number`. If so, ask it where numbers continue.
+        # Whether the server may have lost the message with `number`, so that it must be asked where numbers continue.
         self.ask = False
         # Epoch and id passed to `seek`, if the server is not known to have had that epoch. Discarded at the next read.
         self.sought: tuple[str, int] | None
@@ -99,7 +99,7 @@ class Stretch:
         self.back: Back | None
         # If several topics are read: the id up to which the server found no messages besides those read ahead.
         self.scanned = 0
-        # Also in that case: each topic's count as of `id`, and as of `known`.
+        # In the same case: each topic's count as of `id`, and as of `known`.
         self.counts: Counts | None
         self.known_counts: Counts | None
         # The stretch after `end`, if `end` is finite.
@@ -150,8 +150,9 @@ class Stretch:
         return counts
 
     def counts_before(self, at: int, ahead: Sequence[Entry], after: Counts | None, now: Counts | None) -> Counts | None:
-        """Return the counts before messages that were taken and are given back, with none missed before the first one.
-        `after` and `now`: the counts after them, and now.
+        """Return the counts before messages that are given back, with none missed before the first.
+
+        `after` has the counts after them, and `now` the current ones.
         """
         counts = self.counts_at(at)
         if counts is None or after is None or now is None:
@@ -201,7 +202,7 @@ class Stretch:
         return self.rest_from(at, self.ahead[at:], self.fresh_until)
 
     def next_stretch(self, at: int) -> Stretch:
-        """Return the next stretch, once this one has been read. There must be one."""
+        """Return the next stretch, which must exist, once this one has been read."""
         assert self.rest is not None  # noqa: S101 - for type checkers
         after = self.rest.remaining(0)
         after.missed = self.taken(at)[2]
@@ -218,7 +219,7 @@ class Stretch:
         return behind <= self.last_read
 
     def lost(self, at: int) -> int:
-        """Return the number of messages that expired unread, if the server has none left in this stretch."""
+        """Return the number of messages that have expired unread if the server has none left in this stretch."""
         last_id, number, _ = self.taken(at)
         if self.counts is not None:
             known = sum(count.missed for count in self._counts_if_lost(at).values())
@@ -265,7 +266,7 @@ Step: TypeAlias = "tuple[int] | Stretch"
 
 
 def _add_missed(later: Counts, counts: Counts) -> Counts:
-    """Return later counts, with the numbers of missed messages as known now."""
+    """Return later counts, with the numbers of missed messages known now."""
     found = later | counts
     for topic in later.keys() & counts.keys():
         found[topic] = later[topic]._replace(missed=counts[topic].missed)
@@ -287,10 +288,9 @@ def insert(stretch: Stretch, other: Stretch) -> Stretch:
 
 
 def missing_numbers(last: int | None, entries: Sequence[Entry]) -> int:
-    """Return the count of numbers missing among successive messages, and before them if the last number is known.
+    """Return how many numbers are missing between successive messages, and before them if the last number is known.
 
-    If the server has forgotten the topic, its numbers restart at 1, but not among these messages: the topic was empty
-    then.
+    If the server forgets a topic, its numbers restart at 1, but not within these messages, because the topic was empty.
     """
     first = entries[0].number
     before = first - 1 if last is None else last if last < first else 0
@@ -332,14 +332,14 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
 
 
 def _position_behind(part: Stretch) -> tuple[int, int | None]:
-    """Return id and number of the last message read ahead, because the messages read ahead are still returned."""
+    """Return id and number of the last message read ahead; messages read ahead are still returned."""
     while part.ahead and part.rest:
         part = part.rest
     return part.ahead[-1][:2] if part.ahead else (part.id, part.number)
 
 
 def _in_epoch(era: Era, positions: Sequence[tuple[str, bytes, int, int | None]]) -> Stretch:
-    """Return the stretch from the remembered position in an epoch, or else from the start of its first era."""
+    """Return the stretch from the remembered position in an epoch, or from the start of its first era."""
     for epoch, run, last_id, number in positions:
         if epoch == era.epoch:
             stretch = Stretch(era, last_id, number)

@@ -29,10 +29,10 @@ from dsmq.ops.status import Status
 # How long a client may take to send its request, and to read the reply. A scrape takes milliseconds.
 REQUEST_TIMEOUT_SECONDS = 5.0
 MAX_CONCURRENT_REQUESTS = 8
-# How long a client may take to send its request when MAX_CONCURRENT_REQUESTS are open, before it has to make room for
-# the next one.
+# How long a client may take to send its request before it has to make room for the next one, if MAX_CONCURRENT_REQUESTS
+# are open.
 GRACE_SECONDS = 0.5
-# How long a client may take to hang up after its reply, and how many bytes it may send meanwhile.
+# How long a client may take to disconnect after its reply, and how many bytes it may send meanwhile.
 LINGER_SECONDS = 0.5
 LINGER_BYTES = 1_048_576
 POLL_SECONDS = 0.1
@@ -53,8 +53,8 @@ class HTTPEndpoint:
         self.is_exposed = listening.is_exposed(sock)
         self.thread = threading.Thread(target=self._run, name="dsmq-http", daemon=True)
         self.waiting_since: dict[socket.socket, float] = {}
-        """The open connections, oldest first, and since when each client has to send its request or hang up; infinity
-        while a request is being answered.
+        """The open connections, oldest first, each with the time since which its client should send a request or
+        disconnect; infinity while a request is being answered.
         """
         self._close = close
         self._stop = threading.Event()
@@ -78,9 +78,9 @@ class HTTPEndpoint:
             try:
                 sock, address = self.socket.accept()
             except TimeoutError:
-                pass  # No connection for POLL_SECONDS: late ones are cut off, and a stop is noticed.
+                pass  # No connection for POLL_SECONDS. Cut off late clients, and check whether to stop.
             except OSError:
-                # There may be no file descriptors left: accepting again at once would fail, too.
+                # There may be no file descriptors left, so accepting again at once would fail, too.
                 self._stop.wait(listening.ACCEPT_PAUSE_SECONDS)
             else:
                 self._make_room()
@@ -88,9 +88,7 @@ class HTTPEndpoint:
             self._cut_off_late()
 
     def _make_room(self) -> None:
-        """While there are too many connections, wait for one to close, or cut off the oldest one after its grace
-        period.
-        """
+        """While there are too many connections, wait for one to close, or cut off the oldest after its grace period."""
         while True:
             self._one_closed.clear()
             if len(self.waiting_since) < MAX_CONCURRENT_REQUESTS or self._stop.is_set():
@@ -132,9 +130,9 @@ class HTTPEndpoint:
             self._hang_up(sock)
 
     def _hang_up(self, sock: socket.socket) -> None:
-        """Close a connection after the client has had a moment to read the reply and hang up.
+        """Close a connection once the client has had a moment to read the reply and disconnect.
 
-        Closing while the client still sends would reset the connection, and the reply could be lost.
+        Closing while the client is still sending would reset the connection, and the reply could be lost.
         """
         self.waiting_since[sock] = time.monotonic()
         with suppress(OSError):
@@ -154,7 +152,7 @@ class HTTPEndpoint:
 
 
 def _cut_off(sock: socket.socket) -> None:
-    # The thread that serves it reads end of file, and closes it.
+    # The thread that serves the connection reads end of file, and closes it.
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
@@ -175,7 +173,7 @@ def _json(status: HTTPStatus, value: object, *headers: tuple[str, str]) -> _Repl
 
 
 class _Handler(BaseHTTPRequestHandler):
-    # Per read, and for the whole of a reply.
+    # Applies to each read, and to a reply as a whole.
     timeout = REQUEST_TIMEOUT_SECONDS
     server: HTTPEndpoint  # type: ignore[assignment]
     raw_requestline: bytes
@@ -184,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         return f"dsmq/{__version__}"
 
     def parse_request(self) -> bool:
-        """Refuse HTTP/0.9 as well, to which http.server would reply without a status line."""
+        """Also refuse HTTP/0.9, to which http.server would reply without a status line."""
         if len(str(self.raw_requestline, "iso-8859-1").split()) < 3:
             self.command = self.requestline = ""
             self.send_error(HTTPStatus.BAD_REQUEST)
@@ -231,7 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             encode, content_type = choose_encoder(" ".join(self.headers.get("Accept", "").split()))
         except (TypeError, ValueError):
-            # prometheus_client fails on a version that is not a number.
+            # prometheus_client fails if a version is not a number.
             encode, content_type = choose_encoder("")
         return _Reply(HTTPStatus.OK, content_type, encode(self.server.registry))
 
@@ -258,13 +256,13 @@ class _Handler(BaseHTTPRequestHandler):
         if not name:
             return _text(HTTPStatus.BAD_REQUEST, "name is missing.")
         status = self.server.status
-        # Without a TCP port, the permissions of a Unix socket may determine who may read messages.
+        # Without a TCP port, the permissions of a Unix socket may restrict who can read messages.
         is_open = not self.server.is_exposed and status.port > 0
         with_messages = status.context.access.may_show_messages(is_open=is_open)
         return _json(HTTPStatus.OK, status.inspector.topic(name, with_messages=with_messages), _NO_STORE)
 
     def _query(self) -> dict[str, bytes]:
-        """Return the query's parameters; the last one if one is repeated."""
+        """Return the query's parameters; if one is repeated, the last one."""
         text = self.path.partition("?")[2]
         found = parse_qsl(text, keep_blank_values=True, errors="surrogateescape", separator="&")
         return {name: value.encode(errors="surrogateescape") for name, value in found}

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 # Max topics, and max clients, in one list.
 MAX_ROWS = 100
-# Messages shown of a topic, and bytes of each.
+# Max messages shown of a topic, and max bytes of each.
 MAX_MESSAGES, MAX_SHOWN_BYTES = 20, 4096
-# Max bytes of a client's topics, because it may read many together.
+# Max bytes of topics shown for a client, which may read many together.
 MAX_NAMES_BYTES = 512
 # Topics filtered at a time, in less than 1 ms, so that event loops can run in between.
 FILTER_SLICE = 2_000
-# Max share of the time spent on searching for a page: searching 1,000,000 topics takes a second.
+# Max share of time spent on searches for a page; searching 1,000,000 topics takes a second.
 SEARCH_SHARE = 0.05
 
 
@@ -39,7 +39,7 @@ class Inspector:
         self._store: Store = context.store
         self._take_queues = context.take_queues
         self._workers = workers
-        # Text and position, when to search again, and the result.
+        # The text and position of the last search, when to search again, and the result.
         self._last_search: tuple[tuple[bytes, bytes], float, list[bytes], int] = ((b"", b""), 0.0, [], 0)
 
     # Topics
@@ -48,14 +48,12 @@ class Inspector:
         return self._topics(self._store.largest_topics(MAX_ROWS))
 
     def find_topics(self, text: bytes, after: bytes) -> dict[str, Any]:
-        """Return the number of topics that contain a text, or match it as a pattern, and the first of them above
-        `after`.
-        """
+        """Return the number of topics that contain a text or match it as a pattern, and the first above `after`."""
         search, search_again_at, first, matches = self._last_search
         began = time.monotonic()
         if search != (text, after) or began >= search_again_at:
             found = self._find(text)
-            # One more, to know whether there are any others.
+            # Find one more, to know whether there are others.
             first, matches = heapq.nsmallest(MAX_ROWS + 1, [name for name in found if name > after]), len(found)
             now = time.monotonic()
             self._last_search = (text, after), now + (now - began) / SEARCH_SHARE, first, matches
@@ -66,7 +64,7 @@ class Inspector:
         is_wanted = Pattern(text).matches if b"*" in text else lambda name: text in name
         for start in range(0, len(names), FILTER_SLICE):
             found += filter(is_wanted, names[start : start + FILTER_SLICE])
-            # Lets other threads of the interpreter run.
+            # Let other threads run.
             time.sleep(0)
         return found
 
@@ -90,7 +88,7 @@ class Inspector:
         }
 
     def _groups(self, topic: bytes) -> dict[str, Any]:
-        """Return the first groups of workers that share a topic's messages, and the jobs of it that workers hold."""
+        """Return the first groups of workers that share a topic's messages, and the jobs that their workers hold."""
         groups, queues = self._store.groups, self._take_queues
         if not groups:
             return {"groups": [], "jobs": []}
@@ -119,7 +117,7 @@ class Inspector:
         }
 
     def _newest(self, name: bytes) -> Iterator[Message]:
-        """Iterate over the last messages, newest first. Takes the store's lock for each one separately."""
+        """Iterate over the last messages, newest first. Takes the store's lock separately for each one."""
         below = sys.maxsize
         for _ in range(MAX_MESSAGES):
             try:
@@ -134,7 +132,7 @@ class Inspector:
     # Clients
 
     def slowest_clients(self) -> list[dict[str, Any]]:
-        """Return the clients that are furthest behind, in descending order."""
+        """Return the clients that are furthest behind, furthest first."""
         return self._clients([(self._lag(client), client) for client in self._connections()])
 
     def _connections(self) -> list[Connection]:
@@ -146,14 +144,14 @@ class Inspector:
         return [_client(client, lag, now) for lag, client in slowest]
 
     def _lag(self, client: Connection) -> int | None:
-        """Return the number of messages that a client has yet to receive from the topic it last read."""
+        """Return how many messages of the topic that it last read a client has yet to receive."""
         if client.last_read is None:
             return None
         topic, number = client.last_read
         return max(0, self._store.last_number(topic) - number)
 
     def _lag_in(self, client: Connection, stats: TopicStats) -> int | None:
-        """Return the number of messages of a topic that one of its readers has yet to receive, or None if unknown."""
+        """Return how many messages of a topic a reader has yet to receive, or None if unknown."""
         if client.last_read is not None and client.last_read[0] == stats.name:
             return self._lag(client)
         selection = client.last_selection
@@ -204,7 +202,7 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def _text(body: bytes, *, is_cut: bool) -> str | None:
-    """Return a body as text, without an incomplete last character if it is cut; None if it is binary."""
+    """Return a body as text, or None if it is binary. If it is cut, an incomplete last character is dropped."""
     try:
         return None if b"\0" in body else codecs.getincrementaldecoder("utf-8")().decode(body, final=not is_cut)
     except UnicodeDecodeError:

@@ -21,9 +21,9 @@ from dsmq.ops.status import Fact, Status
 from dsmq.store.api import TopicStats, Totals
 from dsmq.system import boot_time
 
-# The rates of topics are averages over at least this time, no matter how often they are scraped.
+# The rates of topics are averages over at least this time, however often they are scraped.
 RATE_SECONDS = 10.0
-# The label for the sum of all topics without metrics of their own.
+# The label for the sum of all topics that have no metrics of their own.
 OTHER = b"other"
 
 
@@ -95,7 +95,7 @@ class Collector:
         yield _family(gauge, Fact("group_waiting_workers", "Workers waiting for a job, by group.", waiting, key))
 
     def _top_topics(self, count: int, totals: Totals) -> list[tuple[TopicStats, float]]:
-        """Return the topics with the most recent puts and their puts per second; the last entry, OTHER, is the rest."""
+        """Return the topics with the most recent puts, with puts per second; the last entry, OTHER, is the rest."""
         store = self._status.context.store
         top, rest = self._rates.top(count, store.last_numbers(), time.monotonic())
         shown: list[tuple[TopicStats, float]] = []
@@ -123,7 +123,7 @@ class Rates:
     """Finds the topics with the most recent puts. A call takes time proportional to the number of topics."""
 
     def __init__(self, now: float) -> None:
-        # The last two samples: time in seconds, and last numbers. Rates are relative to the older one.
+        # The last two samples: time in seconds, and last numbers. Rates are computed from the older one.
         self._samples: deque[tuple[float, dict[bytes, int]]] = deque([(now, {})], maxlen=2)
 
     def top(self, count: int, last_numbers: dict[bytes, int], now: float) -> tuple[list[tuple[bytes, float]], float]:
@@ -147,7 +147,7 @@ class _ProcessCollector(ProcessCollector):
         try:
             return float(super()._boot_time())  # type: ignore[no-untyped-call]
         except FileNotFoundError:
-            # systemd's ProcSubset=pid hides /proc/stat. Without a boot time there would be no process metrics.
+            # systemd's ProcSubset=pid hides /proc/stat, and without a boot time there would be no process metrics.
             return time.time() - boot_time()
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Fact(NamedTuple):
-    """A number reported to operators, with its metric's name; with labels, one number for each of their values."""
+    """A number reported to operators, with its metric's name; with a label, one number for each of its values."""
 
     name: str
     about: str
@@ -86,9 +86,9 @@ class Status:
         return self.context.usage.waiting.total
 
     def groups(self) -> list[tuple[GroupStats, int]]:
-        """Return the groups of workers, each with the number of workers that wait for a job.
+        """Return the groups of workers, each with the number of workers waiting for a job.
 
-        At most a twentieth of the time is spent on them, so they may be some seconds old if there are many.
+        At most a twentieth of the time is spent on this, so with many groups, the figures may be a few seconds old.
         """
         groups = self.context.store.groups
         if groups and (began := time.monotonic()) >= self._groups_due:
@@ -96,7 +96,7 @@ class Status:
             with suppress(ReplyError):
                 for group in groups.stats():
                     found.append((group, self.context.take_queues.count((group.key, group.name))))
-                    # Lets other threads of the interpreter run.
+                    # Let other threads run.
                     time.sleep(0)
             now = time.monotonic()
             self._groups, self._groups_due = found, now + (now - began) / SEARCH_SHARE
@@ -112,7 +112,7 @@ class Status:
         return [
             thread.name
             for thread, due_at in (*parts, (store.thread, store.due_at))
-            # While the server stops, its threads end one by one.
+            # While the server is stopping, its threads end one by one.
             if thread and thread.ident and (due_at < latest if thread.is_alive() else not self.stopping)
         ]
 
@@ -122,7 +122,7 @@ class Status:
         reasons = {
             "stopping": self.stopping,
             "starting": not (self.serving or self.stopping),
-            # Not 100 %, because a message that does not fit is refused even if some bytes are left.
+            # Less than 100 %, because a message that does not fit is refused even if some bytes are left.
             "full": totals.messages >= limits.max_stored_messages
             or totals.accounted_bytes >= limits.max_stored_bytes * 0.99,
             "too many connections": self.connections() >= self.context.usage.connections.limit,
@@ -135,7 +135,8 @@ class Status:
     def counted(self, counters: Counters, totals: Totals) -> Iterator[Fact]:
         """Return the numbers that only increase, from the results of `counters` and `totals`."""
         yield Fact("puts", "Messages stored since the start.", totals.stored)
-        # Labels that are likely to be queried start at 0, because rate() ignores a series that first appears as 1.
+        # Labels that are likely to be queried start at 0, because rate() misses the first event of a series that starts
+        # at 1.
         puts_refused = {"full": 0, "store": 0} | {code.lower(): n for code, n in counters.puts_refused.items()}
         yield Fact("puts_refused", "Puts refused, by error code.", puts_refused, "reason")
         gets = {"message": counters.gets_message, "empty": counters.gets_empty}
@@ -236,7 +237,7 @@ class Status:
                 "run": store.run,
                 "uptime_in_seconds": int(time.monotonic() - self._began),
             },
-            # valkey-glide looks for a server that accepts writes.
+            # valkey-glide uses this to find a server that accepts writes.
             "replication": {"role": "master", "connected_slaves": 0},
             "clients": {"connected_clients": self.connections(), "blocked_clients": self.waiting()},
             "stats": {

@@ -29,14 +29,14 @@ VARIABLES = (
 )
 # If systemd itself hangs, it must not block the main thread for longer than this.
 NOTIFY_TIMEOUT_SECONDS = 2.0
-# Requested beyond stop_timeout_seconds, for the last stages of a stop and for Python's own exit.
+# Requested in addition to stop_timeout_seconds, for the last stages of a stop and for Python's own exit.
 STOP_MARGIN_SECONDS = 5.0
 
 _logger = logging.getLogger(__name__)
 
 
 class Systemd:
-    """The sockets that systemd passed, and notifications to it. Without arguments: not started by systemd."""
+    """The sockets that systemd passed, and notifications to it. Without arguments: systemd did not start us."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Systemd:
         self._watchdog = watchdog_seconds < math.inf
         self._status = ""
         self._address = "\0" + notify_socket[1:] if notify_socket.startswith("@") else notify_socket
-        # Opened in advance, because the watchdog must be notified even if there is no file descriptor left.
+        # Opened in advance, because the watchdog must be notified even if no file descriptors are left.
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if notify_socket[:1] in ("@", "/") else None
         if self._socket:
             self._socket.settimeout(NOTIFY_TIMEOUT_SECONDS)
@@ -68,7 +68,7 @@ class Systemd:
 
     @contextmanager
     def reloading(self) -> Iterator[None]:
-        """Notify systemd that a reload begins, and that it has ended, whether it succeeded or not."""
+        """Notify systemd that a reload begins, and that it has ended, successfully or not."""
         # systemd compares this CLOCK_MONOTONIC time with that of its request.
         self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:

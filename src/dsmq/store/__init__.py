@@ -1,1 +1,1 @@
-"""The store: keeps messages in an in-memory SQLite database, with snapshots on disk."""
+"""The store: messages in an in-memory SQLite database, with snapshots on disk."""

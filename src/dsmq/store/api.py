@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from dsmq.store.groups import Groups
     from dsmq.store.selection import Selection
 
-# Added to the body of each message, and to the name of each topic with messages, for the limits on bytes.
+# Overhead for the limits on bytes: added to the body of each message, and to the name of each topic with messages.
 MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES = 100, 500
 
 T = TypeVar("T")
 Answer: TypeAlias = T | Future[T]
-"""A store's answer: the value, or a future if the store answers later."""
+"""A store's answer: a value, or a future if the store answers later."""
 Outcome: TypeAlias = int | ReplyError
 """The id of a stored message, or the reason why it was not stored."""
 
@@ -65,10 +65,10 @@ class Found(NamedTuple):
     """The result of a read of several topics."""
 
     position: int
-    """All matching messages up to this id are in this result or earlier ones; none above it is."""
+    """All matching messages up to this id are in this result or in earlier ones, and none above it."""
     messages: list[TopicMessage]
     is_complete: bool
-    """Whether there may be no more of them now; if not, the read can continue from the position."""
+    """Whether the read is complete for now; if not, it can continue from the position."""
 
 
 Put: TypeAlias = tuple[bytes, bytes, tuple[bytes, int] | None]
@@ -120,7 +120,7 @@ class Totals(NamedTuple):
     stored: int
     expired: int
     expired_unread: int = 0
-    """Expired messages that no client had read, or had skipped by starting at a newer one."""
+    """Expired messages that no client had read or skipped."""
     oldest_age_ms: int = 0
     accounted_bytes: int = 0
     """Bytes as `Limits.max_stored_bytes` counts them."""
@@ -138,11 +138,11 @@ class Timing(NamedTuple):
 
 
 class EngineStats(NamedTuple):
-    """The engine that keeps a store's messages, and the store's mirror of them; counts are since the start."""
+    """The engine that holds a store's messages, and the store's mirror of them. Counts are since the start."""
 
     name: str
     node: str
-    """The node to which the store is connected; empty if there is none."""
+    """The node that the store is connected to; empty if there is none."""
     ready: bool
     """Whether the mirror has reached the engine's last message as of the start."""
     lag_messages: int
@@ -198,7 +198,7 @@ MEMORY = "memory"
 
 
 class Store(Protocol):
-    """The server's interface to a store. A remote store answers puts and reads with futures; puts are in order."""
+    """The server's interface to a store. A remote store answers puts and reads with futures, puts in order."""
 
     max_age_ms: int
     limits: Limits
@@ -213,7 +213,7 @@ class Store(Protocol):
 
     @property
     def run(self) -> str:
-        """Identifies the period in which puts are remembered without a gap."""
+        """Identifies a period in which puts are remembered without a gap."""
 
     @property
     def is_shared(self) -> bool:
@@ -229,7 +229,7 @@ class Store(Protocol):
 
     @property
     def max_message_bytes(self) -> int:
-        """The length of the longest message that it can store."""
+        """The length of the longest message that the store accepts."""
 
     def append(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
         """Store messages in order; return an outcome for each. Raises Full, Forgotten or StoreFailed if none is stored.
@@ -238,13 +238,13 @@ class Store(Protocol):
         """
 
     def append_together(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
-        """Do as `append`, but store all messages or none."""
+        """Like `append`, but store all messages or none."""
 
     def check_producer(self, producer: bytes) -> None:
         """Raise Forgotten if the store may have forgotten recent puts of this producer."""
 
     def flush(self) -> None:
-        """Do deferred work, if enough has accumulated; called when the server is idle. Raises as `append` does."""
+        """Do deferred work if enough has accumulated. Called when the server is idle. Raises as `append` does."""
 
     def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> Answer[list[Message]]:
         """Return the unexpired messages with ids above `after`, oldest first.
@@ -260,9 +260,9 @@ class Store(Protocol):
         """Return the newest unexpired message with an id below `below`, if known, without marking it as read."""
 
     def read_many(self, wanted: ManyTopics, wait_ms: int = 0) -> Answer[Found]:
-        """Do as `read` or `latest`, but for several topics, in the order of ids.
+        """Like `read` or `latest`, but for several topics, in the order of ids.
 
-        Takes a bounded time, so it may end before it has found anything.
+        Takes a bounded time, so it may return before it has found anything.
         """
 
     def go_back(self, selection: Selection, count: int, below: int = sys.maxsize) -> Answer[tuple[int, int]]:
@@ -273,10 +273,10 @@ class Store(Protocol):
         """
 
     def id_before(self, milliseconds: int) -> int:
-        """Return the id of the last message put longer ago than this, or 0."""
+        """Return the id of the last message that was put longer ago than this, or 0."""
 
     def check_id(self, after: int) -> None:
-        """Raise BadRequest if it is certain that no message has this id yet."""
+        """Raise BadRequest if it is certain that this id has not been assigned yet."""
 
     def start_id(self) -> Answer[int]:
         """Return the id of the last stored message, for a client that connects now. Raises StoreFailed."""
@@ -285,12 +285,12 @@ class Store(Protocol):
         """Return the id of the newest message, or 0."""
 
     def expire(self) -> int:
-        """Delete some messages that have expired, or exceed lowered limits; return their number, 0 if none are left."""
+        """Delete some messages that have expired or exceed lowered limits; return how many; 0 if none are left."""
 
     def purge(self, selection: Selection, /) -> Iterator[Answer[int]]:
-        """Delete all messages that are stored now; yield how many were deleted in each of several short slices.
+        """Delete all messages stored now, in short slices; yield the number of messages deleted in each.
 
-        Raises StoreFailed if the store can't now.
+        Raises StoreFailed if that is not possible now.
         """
 
     def topics(self, after: bytes, count: int) -> list[TopicStats]:
@@ -306,13 +306,14 @@ class Store(Protocol):
     def totals(self) -> Totals: ...
 
     def full(self) -> set[str]:
-        """Return the limits, or MEMORY, because of which puts are refused. Should be called about once a second.
+        """Return the limits that cause puts to be refused, or MEMORY. Should be called about once a second.
 
-        A limit is reported until there is room for the last refused put, and no put was refused between two calls.
+        A limit is reported until there is room for the last put that it refused, and none was refused since the last
+        call.
         """
 
     def timings(self) -> dict[str, Timing]:
-        """Return the timing of operations on the database (write, read and expire) and on an engine (publish)."""
+        """Return the timing of operations on the database (write, read, expire) and on an engine (publish)."""
 
     def engine(self) -> EngineStats | None:
         """Return the state of the engine, if there is one."""
@@ -330,21 +331,21 @@ class Store(Protocol):
         """Return the topics with the most messages."""
 
     def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:
-        """Start `thread`, if there is one, which calls these functions.
+        """Start `thread`, if there is one. It calls these functions.
 
-        `on_messages` gets topics with new messages, if `append` answers later. `on_unusable` gets the reason why all
-        clients must reconnect, perhaps to another server.
+        `on_messages` is called with topics that have new messages, if `append` answers later. `on_unusable` is called
+        with the reason why all clients must reconnect, perhaps to another server.
         """
 
     def wait(self, seconds: float, /) -> bool:
-        """Wait until the store can be used; return whether it can. Raises StartupError if it never will."""
+        """Wait until the store can be used; return whether it can. Raises StartupError if it never can."""
 
     @property
     def unready_reason(self) -> str:
         """Why clients should use another server now; empty if the store is ready."""
 
     def close(self) -> None:
-        """Idempotent. After it, other methods raise StoreFailed."""
+        """Close the store; afterwards, other methods raise StoreFailed. Idempotent."""
 
 
 class LocalStore:

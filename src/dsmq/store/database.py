@@ -39,10 +39,10 @@ EXPIRY_ROWS, EXPIRY_BYTES = 100, 131_072
 # Max topics, rows and bytes copied for a snapshot while holding the lock.
 COPY_TOPICS, COPY_ROWS, COPY_BYTES = 500, 64, 16_384
 PAGE_BYTES = 4096
-# If more pages than this, and more than 1/16 of all, are free, expiry releases their memory for long bodies: 80 at a
-# time while holding the lock, which takes 0.4 ms, and is more than are freed meanwhile.
+# If more pages than this are free, and more than 1/16 of all, expiry releases their memory for long bodies, 80 pages at
+# a time while holding the lock. That takes 0.4 ms, and is more than are freed meanwhile.
 FREE_PAGES, FREE_PAGES_PART, VACUUM_PAGES = 256, 16, 80
-# Instructions of SQLite's virtual machine between two reports of progress.
+# Instructions of SQLite's virtual machine between two progress reports.
 PROGRESS_INSTRUCTIONS = 1000
 
 _COLUMNS = "put_at, last_number, ids_and_sizes, bodies"
@@ -71,7 +71,7 @@ COPY = {
 LOAD = """INSERT INTO chunks SELECT last_id, topic, put_at, last_number, ids_and_sizes,
     CASE WHEN length(bodies) < ? THEN bodies ELSE x'' END FROM snapshot.chunks ORDER BY last_id"""
 LOAD_LONG = "SELECT last_id, bodies FROM snapshot.chunks WHERE length(bodies) >= ? ORDER BY last_id"
-# Without the index, rows are read in the order in which they are in the file.
+# Without the index, rows are read in file order.
 _HELD = """SELECT id, name, max(last_number), max(last_id), sum(length(ids_and_sizes)) / 16, sum(length(bodies))
     FROM chunks NOT INDEXED JOIN topics ON id = topic GROUP BY topic"""
 
@@ -80,7 +80,7 @@ Header: TypeAlias = tuple[int, int, int, int, bytes]
 
 
 class Database:
-    """Its methods require the lock, which `with` takes.
+    """The database. Its methods require the lock, which `with` takes.
 
     `with` raises StoreFailed if the database is closed, and converts SQLite's errors to StoreFailed, or Full if memory
     is exhausted.
@@ -134,7 +134,7 @@ class Database:
     @contextmanager
     def transaction(self, operation: str) -> Iterator[None]:
         began = time.monotonic()
-        # In case the rollback of an earlier transaction failed.
+        # The rollback of an earlier transaction may have failed.
         self.connection.rollback()
         try:
             with self.connection:
@@ -171,7 +171,7 @@ class Database:
         self.deleted_bodies += bodies
 
     def shrink(self) -> bool:
-        """Give free pages back if there are many; return whether more should be."""
+        """Release some free pages if there are many; return whether more should be released."""
         pages, free = self._count_pages()
         self._is_shrinking = free > (0 if self._is_shrinking else max(FREE_PAGES, pages // FREE_PAGES_PART))
         if self._is_shrinking:
@@ -234,7 +234,7 @@ class Database:
 
     def block(self, last_id: int, put_at: int) -> tuple[int, int]:
         """Return a key that is equal for rows whose ids may be interleaved."""
-        # In snapshots of earlier versions, those are all rows of the same millisecond.
+        # In snapshots of earlier versions, the ids of all rows of a millisecond may be interleaved.
         return put_at, last_id // BLOCK_IDS if last_id > self.restored_id else 0
 
     def bodies(self, first: int, last: int) -> dict[int, bytes]:
@@ -243,7 +243,7 @@ class Database:
         return {row: bodies or self._long_bodies.get(row, b"") for row, bodies in rows}
 
     def id_before(self, since: int) -> int:
-        """Return the last id that was put before `since`, or 0."""
+        """Return the id of the last message put before `since`, or 0."""
         low, high, found = 0, sys.maxsize, 0
         while low < high:
             # Put times increase with ids.
@@ -322,15 +322,15 @@ class Database:
         return found
 
     def copy_to(self, file: Path, on_progress: Callable[[], None]) -> list[Batch]:
-        """Copy all tables to an empty file, faster than row by row, and without traces of deleted messages.
+        """Copy all tables to an empty file, which is faster than row by row, and leaves no traces of deleted messages.
 
-        on_progress is called periodically; its exceptions end the copy. Returns what adds the long bodies.
+        on_progress is called periodically; its exceptions end the copy. Returns a function that adds the long bodies.
         """
         self.connection.set_progress_handler(on_progress, PROGRESS_INSTRUCTIONS)
         try:
             self.connection.execute("VACUUM INTO ?", (str(file),))
         except sqlite3.OperationalError:
-            # SQLite does not propagate the handler's exceptions, so call it again to raise them.
+            # SQLite swallows the handler's exceptions, so call it again to raise them.
             on_progress()
             raise
         finally:
@@ -368,9 +368,9 @@ def _open_in_memory() -> sqlite3.Connection:
     connection = sqlite3.connect("file::memory:", uri=True, check_same_thread=False)
     connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
     connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    # Otherwise, SQLite would write large sorts to a folder for temporary files, which may not be writable.
+    # Otherwise, SQLite would use a temporary folder, which may not be writable, for large sorts.
     connection.execute("PRAGMA temp_store = MEMORY")
-    # Some systems' SQLite overwrites deleted data by default, which would take longer than the rest of expiry.
+    # On some systems, SQLite overwrites deleted data by default, which would take longer than the rest of expiry.
     connection.execute("PRAGMA secure_delete = OFF")
     return connection
 

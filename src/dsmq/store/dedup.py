@@ -11,7 +11,7 @@ from dsmq.errors import Forgotten
 from dsmq.store.api import Put
 
 MAX_PRODUCERS = 10_000
-# At least this many puts are remembered, at most twice as many: forgetting many at once is cheaper than one by one.
+# At least this many puts are remembered, and at most twice as many, because forgetting many at once is cheaper.
 MAX_PUTS_OF_PRODUCER = 1_000
 _FORGET_ABOVE = 2 * MAX_PUTS_OF_PRODUCER
 MAX_REMEMBERED_PUTS = 1_000_000
@@ -43,7 +43,7 @@ class Deduplicator:
         self._producers: OrderedDict[bytes, Producer] = OrderedDict()
         self._count = 0
         self.forgot_at: int | None = None
-        """The last time that a producer was forgotten although it might still retry a put."""
+        """When a producer was last forgotten although it might still have retried a put."""
 
     def __len__(self) -> int:
         """Return the number of remembered puts."""
@@ -80,7 +80,7 @@ class Deduplicator:
     def remember(self, key: tuple[bytes, int], message_id: int, now: int, touched: dict[bytes, Producer]) -> int | None:
         """Remember a put, or return the message id if it is a retry.
 
-        Adds the producer to `touched` if it is to be passed to `forget` after the batch.
+        Adds the producer to `touched`, to be passed to `forget` after the batch.
         """
         name, seq = key
         producer = self._producers.get(name)
@@ -96,7 +96,7 @@ class Deduplicator:
         return None
 
     def forget(self, touched: dict[bytes, Producer], now: int) -> None:
-        """Enforce the bounds. Called after a whole batch, so that all of its puts are treated the same."""
+        """Enforce the bounds. Called after a whole batch, so that all of its puts are treated alike."""
         for name, producer in touched.items():
             self._producers.move_to_end(name)
             producer.last_at = now

@@ -9,7 +9,7 @@ import time
 from dsmq import logs
 from dsmq.store.api import Store, Timing
 
-# Pauses between slices, so that clients get the store's lock; the short one if a run takes longer than the interval.
+# Pauses between slices, in which clients get the store's lock; the short one if a run takes longer than the interval.
 _PAUSE_SECONDS = 0.002
 _SHORT_PAUSE_SECONDS = 0.0002
 
@@ -27,7 +27,7 @@ class Expiry:
         self.timing = Timing()
         """Includes pauses."""
         self.due_at = time.monotonic() + interval_seconds
-        """The thread is stuck if it makes no progress by then."""
+        """If the thread makes no progress by then, it is stuck."""
 
     def start(self) -> None:
         self.due_at = time.monotonic() + self._interval
@@ -43,7 +43,7 @@ class Expiry:
             try:
                 self.run_once()
             except Exception:
-                # Readers skip expired messages anyway; their memory is freed at the next attempt.
+                # Readers skip expired messages anyway, and the next attempt will free their memory.
                 _logger.exception("expiry failed", extra=logs.event("expiry_failed"))
             now = time.monotonic()
             self.timing = Timing(self.timing.times + 1, self.timing.seconds + now - began)

@@ -11,16 +11,16 @@ from dsmq.store.api import Limits, Put, accounted_bytes, accounted_topic_bytes
 from dsmq.store.rules import Kept
 from dsmq.store.topics import Topic, TopicTable
 
-# If a topic exceeds lowered limits, a put drops at most this many messages in addition to those that make room for it.
-# Expiry drops the rest.
+# If a topic exceeds lowered limits, a put drops at most this many messages in addition to those that make room for it;
+# expiry drops the rest.
 MAX_MORE_DROPPED = 512
 
 
 class _Drops:
-    """The messages that a topic has to drop so that new ones fit."""
+    """The messages that a topic has to drop to make room for new ones."""
 
     def __init__(self, topic: Topic, new: list[int], held: Iterable[int]) -> None:
-        """`new` and `held` are sizes of bodies; `held` are those of stored messages, oldest first, read as needed."""
+        """`new` and `held` are sizes of bodies; `held` has those of stored messages, oldest first, read as needed."""
         self.count = self.bytes = 0
         # The newest message is never dropped.
         self.left = max(0, topic.messages + len(new) - 1)
@@ -48,8 +48,8 @@ class LimitChecker:
         self._sizes = sizes
         self.drops_for_all = True
         """Whether a topic drops messages if all topics together reach a limit."""
-        # For each limit, the last put that was refused: its topic if the limit is per topic, the room it needed, and
-        # whether that was since the last call of `full`.
+        # For each limit, the last refused put: its topic if the limit is per topic, the room it needed, and whether it
+        # was refused since the last call of `full`.
         self._full: dict[str, tuple[bytes | None, int, bool]] = {}
 
     @property
@@ -147,7 +147,7 @@ class LimitChecker:
             kept = self._topics.rules.of(topic)
             if limit == kept.limit_name("messages"):
                 return topic.messages, kept.max_messages
-            # A limit in former rules no longer counts as reached.
+            # Limits of former rules no longer count as reached.
             return topic.accounted_bytes, kept.max_bytes if limit == kept.limit_name("bytes") else sys.maxsize
         most = getattr(self.limits, limit, sys.maxsize)
         if limit == "max_topics":
@@ -163,7 +163,7 @@ class LimitChecker:
         for limit, (topic, more, is_new) in list(self._full.items()):
             self._full[limit] = topic, more, False
             held, most = self._held(limit, topic)
-            # There is never room for a put larger than the limit itself.
+            # A put that is larger than the limit itself never fits.
             if not is_new and held + min(more, most) <= most:
                 del self._full[limit]
         return set(self._full)

@@ -28,7 +28,7 @@ class Purges:
 
     def purge(self, selection: Selection) -> Iterator[int]:
         with self._database:
-            # So that rows contain no messages that are put later.
+            # Flush the buffer, so that no row contains messages that are put later.
             self._flush()
             last_id, topics = self._last_id, list(self._topics.by_row)
         while topics:

@@ -1,4 +1,4 @@
-"""The next messages of groups of workers, read in advance: reading many takes little longer than reading one."""
+"""Reads the next messages of groups of workers in advance: reading many takes little longer than reading one."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from dataclasses import dataclass
 from dsmq.store.api import Found, TopicMessage
 from dsmq.store.group import Group
 
-# Max messages read at once, and max bytes of those kept. Each time that all were given, twice as many are read.
+# Max messages read at once, and max bytes kept. Each time all of them have been given, twice as many are read.
 _MIN_MESSAGES, MAX_MESSAGES, MAX_BYTES = 2, 32, 8_192
-# Max groups for which messages are kept: those that took last.
+# Max groups for which messages are kept; the groups that took messages last are chosen.
 _MAX_GROUPS = 100
 
 
 @dataclass(slots=True)
 class _Ahead:
     after: int
-    """The messages are all that follow this id, as far as they were read."""
+    """The messages follow this id, without gaps, as far as they were read."""
     messages: deque[TopicMessage]
     wanted: int
     read_at: int
     state: object
-    """What has been deleted by then."""
+    """Identifies what had been deleted when they were read."""
 
 
 class ReadAhead:
-    """The messages of a few groups, as long as the store has deleted none."""
+    """The messages of a few groups, valid as long as the store deletes none."""
 
     def __init__(self, read: Callable[[Group, int, int], Found]) -> None:
         self._read = read
         self._ahead: OrderedDict[tuple[bytes, bytes], _Ahead] = OrderedDict()
 
     def next(self, group: Group, now: int, state: object) -> Found:
-        """Return the next message of a group; not given yet, so that it is returned again unless the group moves on."""
+        """Return a group's next message. It is not given yet: until the group moves on, it is returned again."""
         ahead = self._ahead.get((group.key, group.name))
-        # A group that shares its store may move back, if others did not accept what it gave.
+        # With a shared store, a group may move back, if other servers did not accept what it gave.
         if ahead is not None and ahead.after <= group.position and ahead.state == state:
             messages, passed = ahead.messages, now - ahead.read_at
             while messages and messages[0].id <= group.position:

@@ -1,10 +1,10 @@
-"""Deletes messages that have expired, and those that a topic drops to make room for newer ones.
+"""Deletes messages that have expired, and messages that a topic drops to make room for newer ones.
 
-If no rule sets an age, the first rows are the expired ones. Otherwise, a queue orders topics by the time at which their
-oldest message expires, or an earlier time: that of a message dropped since.
+If no rule sets an age, the first rows are the expired ones. Otherwise, a queue orders topics by when their oldest
+message expires, or by an earlier time if that message has been dropped since.
 
-A dropped message may share a row with others, or may still have to be copied for a snapshot. So its topic remembers the
-last dropped id, which readers skip, and a row is deleted once all of its messages are dropped.
+A dropped message may share a row with others, or may still have to be copied for a snapshot. So a topic remembers its
+last dropped id, readers skip messages up to that, and a row is deleted once all of its messages are dropped.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from dsmq.terminal import quoted
 if TYPE_CHECKING:
     from dsmq.store.limits import LimitChecker
 
-# The pause after a slice that deletes nothing, in seconds.
+# Seconds to pause after a slice that deletes nothing.
 PAUSE_SECONDS = 0.0002
 # Max topics checked against new rules in one slice.
 MAX_CHECKED = 200
-# Earlier than all put times.
+# Earlier than any put time.
 _EVER = -sys.maxsize
 
 _logger = logging.getLogger(__name__)
 
 
 class _Written(NamedTuple):
-    """The messages to be dropped that are in the database."""
+    """Messages to be dropped that are in the database."""
 
     messages: int = 0
     size: int = 0
     last_id: int = 0
     dead_bytes: int = 0
-    """The size of those that share a row with remaining messages."""
+    """The size of messages that share a row with remaining ones."""
     rows: tuple[int, ...] = ()
     """The last ids of rows without other messages."""
 
@@ -67,11 +67,11 @@ class Removals:
     _flush_error: ReplyError | None
 
     def _begin_removals(self) -> None:
-        # The time when each topic's oldest message expires, and the topic's row.
+        # When each topic's oldest message expires, and the topic's row.
         self._queue: list[tuple[int, int]] = []
         # The ages for which the queue was built.
         self._queued_for: tuple[int, Rules | None] = 0, None
-        # Topics with rows whose messages are all dropped.
+        # Topics that have rows whose messages are all dropped.
         self._undeleted: dict[Topic, None] = {}
 
     @property
@@ -180,7 +180,7 @@ class Removals:
         return not rows
 
     def _restore_dropped(self, last: dict[bytes, tuple[int, int]]) -> None:
-        """Subtract a restored snapshot's messages up to their topics' ids in `last`, where other entries stay."""
+        """Subtract the messages of a restored snapshot up to their topics' ids in `last`; other entries in it stay."""
         for name in [name for name in last if name in self._topics.by_name]:
             topic, (number, dropped_id) = self._topics.by_name[name], last.pop(name)
             count = size = 0
@@ -209,12 +209,12 @@ class Removals:
         with self._database:
             count, is_done = self._expire_some(now)
             is_shrinking = self._database.shrink()
-            # Freed after the lock is released, because the C library may return much memory to the system.
+            # Free them after the lock is released, because the C library may return much memory to the system.
             _bodies, self._database.deleted_bodies = self._database.deleted_bodies, []
         return count, is_done and not is_shrinking
 
     def _expire_some(self, now: int) -> tuple[int, bool]:
-        """Return the number of messages deleted, and whether there are no others."""
+        """Return the number of messages deleted, and whether none are left."""
         rules, topics = self._topics.rules, self._topics
         if self._undeleted and not self._delete_dropped():
             return 0, False
@@ -246,9 +246,9 @@ class Removals:
         return dropped
 
     def _expire_first(self, oldest: int) -> tuple[int, bool]:
-        """Delete messages put before `oldest`; return the same as `_expire_some`."""
+        """Delete messages put before `oldest`; return values as in `_expire_some`."""
         rows = self._database.expired(oldest)
-        # Don't flush the buffer first, because there may be no memory left.
+        # Don't flush the buffer first: there may be no memory left.
         is_buffered = not rows and not self._database.is_being_copied
         deleted = self._buffer.find_older(oldest) if is_buffered else self._topics.sum_rows(rows)
         if not (deleted or rows):
@@ -288,7 +288,7 @@ class Removals:
                 rows += found
                 again.append((now, row))
             elif written := self._database.oldest(row, topic.dropped_id):
-                # If it has expired, it must first be copied for a snapshot.
+                # If it has expired, it has yet to be copied for a snapshot.
                 again.append((max(written[1] - oldest, 0) + now + 1, row))
             elif (at := bisect_left(topic.buffered, oldest, key=itemgetter(2))) and not self._database.is_being_copied:
                 buffered[topic] = at, sum(len(message[3]) for message in topic.buffered[:at])

@@ -18,7 +18,7 @@ class Kept:
     """The limits of a topic."""
 
     rules: Rules
-    """The rules that these limits follow from."""
+    """The rules that these limits come from."""
     max_messages: int
     max_bytes: int
     max_age_ms: int | None
@@ -49,7 +49,7 @@ class Rules:
         """Whether any topic drops messages."""
         self.ages = [one.max_age_ms for one in kept if one.max_age_ms is not None]
         """The ages set in rules."""
-        # No limit is exceeded if all topics together are below these.
+        # If all topics together are below these, no limit is exceeded.
         self.safe_messages = min(limits.max_stored_messages, *(one.max_messages for one in kept))
         self.safe_bytes = min(limits.max_stored_bytes, *(one.max_bytes for one in kept))
 
@@ -72,7 +72,7 @@ class Rules:
         return kept
 
 
-# The fact of a server whose settings have no rules.
+# What a server writes if its settings contain no rules.
 NO_RULES = b"{}"
 
 

@@ -1,7 +1,7 @@
-"""Reads several topics at once, in the order of ids: a selection, for which the store may have no index.
+"""Reads several topics (a selection) at once, in the order of ids; the store may have no index for that.
 
-A scan takes a bounded time, so that other clients are served in between: it may end before it has found anything, and
-continues from the position that it has reached.
+A scan takes a bounded time, so that other clients are served in between. It may end before it has found anything; then
+it continues from the position that it has reached.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from dsmq.store.topics import Topic, TopicTable, WriteBuffer
 
 # How long a scan may take before it returns what it has, in seconds.
 SCAN_SECONDS = 0.0003
-# If at most this many topics have messages to read, each is read by the index, instead of scanning all rows.
+# If at most this many topics have messages to read, each is read by the index; otherwise, all rows are scanned.
 MAX_MERGED_TOPICS = 16
 # Max topics remembered as matching a selection.
 MAX_MATCHES = 1_000
-# The number of topics matched, and messages merged, between two checks of the time.
+# Topics matched, and messages merged, between two checks of the time.
 MATCH_STEP, MERGE_STEP = 128, 32
 
 _Candidate: TypeAlias = tuple[int, int, int, int, Topic, int, int, bytes | None]
 """Id, number, put time and size of a message; its topic; key of its row and offset in that; body, if it is buffered."""
 _Part: TypeAlias = tuple[int, list[_Candidate]]
-"""Everything that a scan has found up to an id, or down to it."""
+"""Everything that a scan has found, up or down to an id."""
 
 
 class _Matches:
-    """The topics known to match a selection, up to a topic's row."""
+    """The topics, up to a topic's row, that are known to match a selection."""
 
     __slots__ = ("row", "topics")
 
@@ -88,7 +88,7 @@ class SelectionReads:
         ends: dict[Topic, tuple[Message, Message]] = {}
         last_row = max([candidate[5] for candidate in chosen])
         if last_row and chosen[-1][0] - chosen[0][0] == len(chosen) - 1:
-            # Their ids are consecutive, so all rows in between are needed.
+            # The ids are consecutive, so all rows in between are needed.
             rows = self._database.bodies(chosen[0][0], last_row)
         for message_id, number, at, size, topic, row, start, buffered in chosen:
             body = buffered
@@ -102,7 +102,7 @@ class SelectionReads:
             last = Message(message_id, number, age_ms, b"", left_ms)
             ends[topic] = ends[topic][0] if topic in ends else last, last
         for topic, (first, last) in ends.items():
-            # The messages that `latest` skips count as read.
+            # Messages that `latest` skips count as read.
             after = last.id if wanted.latest else wanted.after
             self._topics.deleted_unread += topic.mark_read(after, first, last)
         if began:
@@ -126,8 +126,8 @@ class SelectionReads:
     def backlog(self, selection: Selection, after: int, given: Mapping[bytes, int], until: float) -> tuple[int, int]:
         """Return how many messages of a selection have ids above `after`, and the age of the first in milliseconds.
 
-        `given` has the last numbers up to there. Both figures may be too high: the age if there are such messages in
-        more than a few topics, the number if more topics match than are remembered, or can be matched until this time.
+        `given` has the topics' last numbers as of `after`. Both figures may be too high: the age if more than a few
+        topics have such messages, and the number if more topics match than are remembered or can be matched in time.
         """
         with self._database:
             now, last_id = self._clock(), self._last_id
@@ -173,7 +173,7 @@ class SelectionReads:
         return [candidate for candidate in candidates if _is_wanted(candidate, wanted, self._database)]
 
     def _match(self, selection: Selection, backlog: int, until: float) -> bool:
-        """Match topics until a time; return whether a read of `backlog` ids can begin.
+        """Match topics until a time; return whether a read over `backlog` ids can begin.
 
         It can if all topics have been matched, or if scanning all rows takes less time.
         """
@@ -198,7 +198,7 @@ class SelectionReads:
         return known.topics is None or known.row == last_row
 
     def _behind(self, selection: Selection, after: int) -> list[Topic] | None:
-        """Return the selected topics with messages above an id, or None if that takes a scan."""
+        """Return the selected topics with messages above an id, or None if that requires a scan."""
         if after >= self._last_id:
             return []
         if not selection.patterns:
@@ -316,7 +316,7 @@ class SelectionReads:
         if at := bisect_left(topic.buffered, (below,)):
             found: StoredMessage | None = topic.buffered[at - 1]
         else:
-            # If it is the topic's last message, unpack no other message of its row.
+            # If it is the topic's last message, don't unpack the others in its row.
             after = topic.last_id - 1 if below > topic.last_id else topic.dropped_id
             found = self._database.newest_below(topic.row, after, below)
         if found is None or found[0] <= topic.dropped_id or found[2] < since:

@@ -1,7 +1,7 @@
 """The tables of the database and of a snapshot, and how messages are packed into rows.
 
-Messages of one topic that were put in the same millisecond share a row of `chunks`: they expire together, and most of
-the cost is per row. The key of a row is the id of its last message.
+Messages of one topic that were put in the same millisecond share a row of `chunks`, because they expire together, and
+most costs are per row. The key of a row is the id of its last message.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-# Reading one message unpacks a whole row, so rows are kept short. Only a row of one message may be longer.
+# Reading one message unpacks a whole row, so rows are kept short. Only a row with a single message may be longer.
 MAX_ROW_MESSAGES, MAX_ROW_BYTES = 128, 16_384
-# A power of 2; a row's ids are between two multiples of it, unless they are consecutive. So only a few rows have
-# interleaved ids, and sorting messages takes only a few rows.
+# A power of 2. A row's ids are between two multiples of it, unless they are consecutive, so only a few rows have
+# interleaved ids, and only these have to be sorted.
 BLOCK_IDS = 512
 # Bodies of at least this size are kept outside SQLite, because copying them into its pages takes up to 1 ms per MiB.
 # Their rows have sizes but no bodies, except in a snapshot.
@@ -32,9 +32,9 @@ CREATE TABLE IF NOT EXISTS chunks (
 );
 """
 INDEX = "CREATE INDEX IF NOT EXISTS chunks_by_topic ON chunks (topic)"
-# Additional tables of a snapshot. In `lost`, each range has two rows without a name, with the id before it and its last
-# id, and then its numbers. In `empty_topics`, a topic with messages has its last dropped id; rows may still contain
-# messages up to it.
+# Additional tables of a snapshot. In `lost`, each range has two rows without a name (the id before it, and its last
+# id), followed by its numbers. In `empty_topics`, a topic with messages has its last dropped id; rows may still contain
+# messages up to that id.
 SNAPSHOT_SCHEMA = """
 CREATE TABLE state (
     epoch TEXT NOT NULL,
@@ -94,7 +94,7 @@ StoredMessage: TypeAlias = tuple[int, int, int, bytes]
 Row: TypeAlias = tuple[int, int, int, int, bytes, bytes]
 """The columns of `chunks`."""
 Columns: TypeAlias = tuple[int, int, bytes, bytes]
-"""The columns that reading needs: put time, last number, ids and sizes, bodies."""
+"""The columns needed for reading: put time, last number, ids and sizes, bodies."""
 ExpiredRow: TypeAlias = tuple[int, int, int, int, int, int]
 """Last id, topic id, put time, last number, number of messages, bytes of their bodies."""
 Batch: TypeAlias = tuple[str, Sequence[tuple[Any, ...]]]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-# Up to this many patterns are tried one after another.
+# Up to this many patterns are tried one by one.
 FEW_PATTERNS = 4
-# Patterns are indexed by up to this many bytes at an end, or by fewer in the middle.
+# Patterns are indexed by up to this many bytes at one end, or by fewer in the middle.
 MAX_END_BYTES, MAX_MIDDLE_BYTES = 32, 4
-# The memory for a name that a client waits for, in addition to its bytes.
+# The memory that a name takes, in addition to its bytes, while a client waits for it.
 NAME_OVERHEAD_BYTES = 500
 SHORT_NAMES, SHORT_BYTES = 8, 1024
 
@@ -26,7 +26,7 @@ class Pattern:
         self._middle = tuple(filter(None, middle))
         self._least = len(text) - text.count(b"*")
         self.anchor = self._find_anchor()
-        """An offset, and bytes that each matching name has there."""
+        """An offset, and the bytes that each matching name has there."""
 
     def _find_anchor(self) -> tuple[int, bytes]:
         if not (self._prefix or self._suffix) and self._middle:
@@ -38,8 +38,8 @@ class Pattern:
     def matches(self, name: bytes) -> bool:
         """Return whether a name matches, in time linear in its length.
 
-        Regular expressions may take exponential time. Trying only the leftmost place of each part is enough, because it
-        leaves the most room for the next one.
+        Regular expressions may take exponential time. Here, it is enough to try the leftmost place of each part,
+        because that leaves the most room for the next one.
         """
         if len(name) < self._least or not (name.startswith(self._prefix) and name.endswith(self._suffix)):
             return False
@@ -89,7 +89,7 @@ class Selection:
         self.patterns = tuple(Pattern(word) for word in sorted(unique) if b"*" in word)
         self.names = frozenset(word for word in unique if b"*" not in word)
         self.is_short = len(unique) <= SHORT_NAMES and sum(map(len, unique)) <= SHORT_BYTES
-        """Whether it is small enough to keep as a connection's last selection."""
+        """Whether the selection is small enough to keep as a connection's last selection."""
         self._index = PatternIndex(self.patterns) if len(self.patterns) > FEW_PATTERNS else None
 
     @property
@@ -99,7 +99,7 @@ class Selection:
 
     @property
     def size(self) -> int:
-        """The approximate memory that it takes while a client waits for its topics."""
+        """The approximate memory that the selection takes while a client waits for its topics."""
         words = self.words
         return sum(map(len, words)) + NAME_OVERHEAD_BYTES * len(words)
 

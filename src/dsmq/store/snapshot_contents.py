@@ -1,4 +1,4 @@
-"""The tables of a snapshot besides the messages: the store's state, and remembered puts."""
+"""The tables of a snapshot other than messages: the store's state, and remembered puts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import NamedTuple
 from dsmq.store.dedup import Deduplicator, Producer
 from dsmq.store.schema import Batch
 
-# Max remembered ranges of lost ids, and last numbers in them. The last range is always kept complete.
+# Max remembered ranges of lost ids, and max last numbers in all of them. The last range is always kept in full.
 MAX_LOST, MAX_LOST_NUMBERS = 100, 100_000
 # Max producers copied while the lock is held.
 COPY_PRODUCERS = 20
 
 
 class Lost(NamedTuple):
-    """A range of ids lost when the server was killed and restarted from an older snapshot."""
+    """A range of ids that were lost when the server was killed and restarted from an older snapshot."""
 
     after: int
     """The last id in that snapshot."""
@@ -53,7 +53,7 @@ class SnapshotState(NamedTuple):
     epoch: str
     run: str
     clock: int
-    """Milliseconds, on the clock of the put times."""
+    """In milliseconds, on the same clock as put times."""
     last_id: int
     last_row: int
     """The id of the newest topic."""
@@ -62,7 +62,7 @@ class SnapshotState(NamedTuple):
     written_at: float
     """Unix time of that instant."""
     is_last: bool
-    """Whether it was written on a clean shutdown: no message was put after it."""
+    """Whether it was written on a clean shutdown, so that no message was put after it."""
     empty_topics: dict[bytes, tuple[int, int]]
     """For each topic without messages, its last number and id; for others, those of the last dropped message."""
     lost: list[Lost]
@@ -76,7 +76,7 @@ def copy_state(lock: AbstractContextManager[None], state: SnapshotState, puts: D
         with lock:
             producers = puts.copy(names[first : first + COPY_PRODUCERS], state.last_id)
         yield from _producer_batches(producers, first)
-    # At the end, in case a producer was forgotten before it was copied.
+    # Written at the end, because a producer may be forgotten before it is copied.
     yield "INSERT INTO state VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [state._replace(forgot_at=puts.forgot_at)[:8]]
     empty = [(name, *last) for name, last in state.empty_topics.items()]
     yield "INSERT INTO empty_topics VALUES (?, ?, ?)", empty

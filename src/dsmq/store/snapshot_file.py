@@ -5,8 +5,8 @@
 The digest covers the database and its size. `restores` counts how often the file has been restored; it is updated in
 place, and covered by the check. SQLite ignores bytes after its pages.
 
-A new file is written under another name, flushed to disk, and renamed over the previous one. If the process is killed
-or the power fails, one of the two exists and is complete.
+A new file is written under another name, flushed to disk, and renamed over the previous one. So if the process is
+killed or the power fails, one of the two exists and is complete.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ VERSION = 1
 _NAME = b"dsmq-snapshot-"
 _MAGIC = _NAME + b"%02d" % VERSION
 _DIGEST_BYTES = 32
-# Size, digest, restores, check, magic. After pages of 4,096 bytes, it never spans two sectors of a disk.
+# Size, digest, restores, check, magic. Because it follows pages of 4,096 bytes, it never spans two sectors of a disk.
 _TRAILER = struct.Struct(">Q32sQ8s16s")
 _RESTORES_AT = 40
 _RESTORES = struct.Struct(">Q8s")
 _READ_BYTES = 1_048_576
-# No journal: an incomplete file is deleted, and a complete one is synced at the end. temp_store: SQLite would sort
-# large indexes in a folder for temporary files, which may not be writable.
+# No journal is needed: an incomplete file is deleted, and a complete one is synced at the end. temp_store: otherwise,
+# SQLite would sort large indexes in a temporary folder, which may not be writable.
 _PRAGMAS = "journal_mode = OFF", "synchronous = OFF", "temp_store = MEMORY", "cache_size = -16384"
 
 
@@ -43,7 +43,7 @@ class Unusable(Exception):
 
 
 class Abandoned(Exception):
-    """The server is stopping and does not wait for the snapshot."""
+    """The server is stopping, and does not wait for the snapshot."""
 
 
 class Snapshot(NamedTuple):
@@ -84,7 +84,7 @@ def write(path: Path, fill: Callable[[sqlite3.Connection], object], on_progress:
 
 
 def rehearse(path: Path) -> None:
-    """Write an empty snapshot beside the real one and delete it, so that problems show at start rather than at stop.
+    """Write an empty snapshot next to the real one, and delete it, to find problems at start rather than at stop.
 
     Raises OSError or sqlite3.Error.
     """

@@ -1,7 +1,7 @@
-"""Snapshots: loads the store from a file at start, and saves it at an interval and on a graceful stop.
+"""Loads the store from a file at start, and saves it at an interval and on a graceful stop.
 
-Ids are never used twice in an epoch. A snapshot is certain to contain every id that clients have seen only if it was
-written on a clean shutdown, and is being restored for the first time. Otherwise, ids continue far above.
+Ids are never used twice in an epoch. Only a snapshot that was written on a clean shutdown, and is being restored for
+the first time, is certain to cover every id that clients have seen. Otherwise, ids continue far above.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dsmq.threads import join
 
 # Max ids assigned between a snapshot and a kill.
 RESTORE_GAP = 2**32
-# Pause between two batches of rows, so that clients get the store's lock.
+# Pause between two batches of rows, in which clients get the store's lock.
 PAUSE_SECONDS = 0.0007
 # How long a disk may take to flush the operating system's write cache.
 _DISK_SECONDS = 300.0
@@ -69,9 +69,9 @@ class Snapshotter:
         self.stats = SnapshotStats()
         self.interval = interval_seconds
         self.due_at = time.monotonic() + interval_seconds
-        """The thread is stuck if it makes no progress by then."""
+        """If the thread makes no progress by then, it is stuck."""
         self._store = store
-        # Resolved now, in case the process changes its working directory, or the file is a symbolic link.
+        # Resolve the path now: the process may change its working directory, and the file may be a symbolic link.
         self.path = Path(os.path.realpath(file))
         self._clock = clock
         self._stop = threading.Event()
@@ -191,7 +191,7 @@ class Snapshotter:
 
     def _fill(self, target: sqlite3.Connection, *, at_once: bool, is_last: bool) -> None:
         pause = 0 if at_once else self._pause_seconds
-        # Expired messages don't belong in the file, but a snapshot with them is better than none.
+        # Expired messages should not be in the file, but a snapshot with them is better than none.
         with suppress(ReplyError):
             while self._store.expire():
                 self._checkpoint(pause)
@@ -208,13 +208,13 @@ class Snapshotter:
         target.execute("COMMIT")
 
     def _checkpoint(self, seconds: float = 0) -> None:
-        """Report progress, and leave the store to clients for this time. Raises Abandoned if the server is stopping."""
+        """Report progress, and let clients use the store for this time. Raises Abandoned if the server is stopping."""
         self.due_at = time.monotonic()
         if self._stop.wait(seconds):
             raise Abandoned
 
     def _allow_slow_disk(self) -> None:
-        """Do the same before an operation for which the disk may take a long time."""
+        """Do the same before an operation that may take the disk a long time."""
         self._checkpoint()
         self.due_at += _DISK_SECONDS
 
@@ -224,22 +224,22 @@ class Snapshotter:
         """Write the final snapshot, and release the file. If interrupted, or if it takes too long, call `abandon`."""
         deadline = max(deadline, time.monotonic() + LAST_SNAPSHOT_SECONDS)
         join(self.thread, deadline)
-        # If the start failed before the file was restored, the file is the only copy of the messages.
+        # If the server failed to start before it restored the file, the file is the only copy of the messages.
         if self._is_open and not self.thread.is_alive():
             self._stop.clear()
             save = partial(self.save_last, is_last=is_last)
-            # In a thread, so that an interrupt ends only the wait.
+            # Save in a thread, so that an interrupt ends only the wait.
             self._last = threading.Thread(target=save, name=self.thread.name, daemon=True)
             try:
                 self._last.start()
             except RuntimeError:
-                # No thread can be started, so save in this one: messages matter more than interruptibility.
+                # No thread can be started, so save in this one: keeping messages matters more than being interruptible.
                 save()
             join(self._last, deadline)
         self._close_unless_busy()
 
     def save_last(self, *, is_last: bool = True) -> bool:
-        """Write the final snapshot, when nothing uses the store any more; return whether that succeeded."""
+        """Write the final snapshot when nothing uses the store any more; return whether that succeeded."""
         self.saved = self.save(at_once=True, is_last=is_last)
         return self.saved
 
@@ -272,14 +272,14 @@ class Snapshotter:
         if self._lock is not None:
             import fcntl  # noqa: PLC0415 - Windows has none
 
-            # Unlock explicitly, because a forked process may have a copy of the descriptor.
+            # Unlock explicitly: a forked process may have a copy of the descriptor.
             fcntl.flock(self._lock, fcntl.LOCK_UN)
             self.close_inherited()
 
     def close_inherited(self) -> None:
         """Close a forked process's copy of the lock's descriptor, without unlocking the file."""
         if self._lock is not None:
-            # In this order, because an interrupt in between must not lead to closing the descriptor twice.
+            # The order matters: an interrupt in between must not lead to closing the descriptor twice.
             descriptor, self._lock = self._lock, None
             os.close(descriptor)
 

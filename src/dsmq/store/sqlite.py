@@ -1,10 +1,10 @@
 """The store: messages in an in-memory SQLite database, behind a write buffer.
 
 A new message is not written to SQLite at once. It waits in the write buffer, also in memory, until the buffer is large
-enough to be flushed; readers see both. Writing a row per message takes 2 to 10 µs more per put and halves the
+enough to be flushed; readers see both. Writing one row per message would add 2 to 10 µs to each put, and halve the
 throughput of pipelined puts. When the buffer is flushed, messages of one topic and millisecond share a row.
 
-Each topic's last id and number are kept outside SQLite as well, so that a reader that is up to date needs no statement.
+Each topic's last id and number are kept outside SQLite, too, so that a reader that is up to date needs no statement.
 Ids are assigned here, because SQLite would reuse the id of the newest row after it is deleted.
 """
 
@@ -58,7 +58,7 @@ RETRY_MS = 100
 
 
 def monotonic_ms() -> int:
-    """Return milliseconds on a clock that continues while the machine sleeps, and ignores changes of the wall clock."""
+    """Return milliseconds on a clock that runs while the machine sleeps, and ignores changes of the wall clock."""
     return (time.monotonic_ns() if BOOT_CLOCK is None else time.clock_gettime_ns(BOOT_CLOCK)) // 1_000_000
 
 
@@ -82,7 +82,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
 
     def append(self, puts: Sequence[Put]) -> list[Outcome]:
         with self._database:
-            # Everything that can fail is done before the first message is added.
+            # Do everything that can fail before adding the first message.
             topics, buffer, limits = self._topics, self._buffer, self._limits
             names, is_keyed = set(), False
             drops: dict[bytes, int] | None = None
@@ -211,7 +211,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
             message = self._newest_below(known, below)
             if message is None or message.id <= after:
                 return []
-            # The skipped messages count as read.
+            # Skipped messages count as read.
             known.mark_read(message.id, message, message)
             return [message]
 
@@ -262,7 +262,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
             for last_id, topic, put_at in self._database.put_times():
                 if last_id > self._topics.by_row[topic].dropped_id:
                     return max(0, now - put_at)
-            # Rows are older than messages in the buffer.
+            # Rows are older than the messages in the buffer.
             return max(0, now - min([topic.buffered[0][2] for topic in self._buffer.dirty_topics], default=now))
         return 0
 
@@ -290,13 +290,13 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
     ) -> Iterator[Iterator[Batch]]:
         """Take a snapshot of this instant: yield its rows in batches too short to delay clients.
 
-        Later puts are not part of it, and nothing is deleted before it is copied. If an empty `file` is given, tables
-        are first copied to it, which is faster than row by row, but blocks the store; on_progress is called
-        periodically, and its exceptions end the copy.
+        Later puts are not part of it, and nothing is deleted before it is copied. If `file`, an empty database file, is
+        given, all tables are first copied to it, which is faster than row by row, but blocks the store. on_progress is
+        called periodically, and its exceptions end the copy.
         """
         database, topics, buffer = self._database, self._topics, self._buffer
         try:
-            # Not `with database`, which would convert errors of the file to errors of the store.
+            # `with database` would convert errors of the file to errors of the store.
             with self.groups.lock, database.lock:
                 groups = self.groups.copy()
                 state = SnapshotState(
@@ -330,7 +330,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
         return state
 
     def begin_run(self, last_id: int) -> None:
-        """Begin a new run, because the last messages before a kill are lost. Ids continue from `last_id`.
+        """Begin a new run, because the last messages put before a kill are lost. Ids continue from `last_id`.
 
         Numbers continue from the snapshot. A reader that knows higher ones falls back to the snapshot's.
         """
@@ -348,10 +348,10 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
 
 
 class MirrorStore(SQLiteStore):
-    """Stores the messages of a log, in its order and under its ids. Thread-safe.
+    """Stores the messages of a log, in the log's order and with its ids. Thread-safe.
 
-    What topics drop follows from that order alone. Expiry follows clocks, so it must not make a difference: messages
-    are dropped only because of the limits of their topic.
+    Which messages topics drop must depend on that order alone, not on expiry, which depends on clocks. So messages are
+    dropped only because of the limits of their topic.
     """
 
     def __init__(self, max_age_ms: int, limits: Limits | None = None) -> None:
@@ -362,8 +362,8 @@ class MirrorStore(SQLiteStore):
         """Return the ids of puts that are already stored. Raises Full or Forgotten as `append` does."""
         with self._database:
             self._deduplicator.check(puts)
-            # Full means that a put is not stored; but an earlier attempt may be, in the part of the log yet to be
-            # applied.
+            # Retries are not checked: Full would mean that the put is not stored, but an earlier attempt may be in the
+            # part of the log that is not applied yet.
             new = [put for put in self._new_puts(puts) if not isinstance(put[2], RetriedKey)]
             self._limits.check(new)
             names = {put[0] for put in new if put[0] not in self._topics.by_name}
@@ -377,7 +377,7 @@ class MirrorStore(SQLiteStore):
             return [None if put[2] is None else self._deduplicator.find(put[2]) for put in puts]
 
     def limit_memory(self, milliseconds: int) -> None:
-        """Record that the log may have lost puts older than this."""
+        """Record that the log may have lost puts that are older than this."""
         with self._database:
             self._deduplicator.forgot_at = self._clock() - milliseconds
 
@@ -386,17 +386,17 @@ class MirrorStore(SQLiteStore):
         with self._database:
             topics = self._topics
             if self._buffer.messages >= MAX_BUFFERED_MESSAGES or self._buffer.bytes >= MAX_BUFFERED_BYTES:
-                # The log must be followed even if there is no memory to flush the buffer.
+                # Follow the log even if there is no memory to flush the buffer.
                 with suppress(ReplyError, sqlite3.Error, MemoryError):
                     self._flush()
             now = self._clock()
             for message_id, put, age_ms in messages:
                 if self._deduplicator.is_forgotten(put[2]):
-                    # It is a late repetition, because all new puts have higher numbers.
+                    # All new puts have higher numbers, so this is a late repetition.
                     continue
                 if put[0] not in topics.by_name:
                     topics.add([put[0]])
-                # Times never decrease, because expiry relies on it.
+                # Expiry relies on times never decreasing.
                 self._last_put_at = max(self._last_put_at, now - age_ms)
                 self._last_id = message_id - 1
                 self._add([put], self._last_put_at)
@@ -409,16 +409,14 @@ class MirrorStore(SQLiteStore):
                             pass
 
     def expire_as_of(self, milliseconds: int) -> Iterator[int]:
-        """Do everything that `expire` would have done this long ago, in slices; yield each one's number of deleted
-        messages.
-        """
+        """Do in slices what `expire` would have done this long ago; yield the number of messages deleted in each."""
         now, is_done = self._clock() - milliseconds, False
         while not is_done:
             count, is_done = self._expire_slice(now)
             yield count
 
     def renumber(self, numbers: Mapping[bytes, int]) -> None:
-        """Shift message numbers so that each topic's last number is the given one. Raises StoreFailed or Full."""
+        """Shift message numbers so that each topic ends with the given number. Raises StoreFailed or Full."""
         with self._database:
             self._flush()
             shifts = []
@@ -432,7 +430,7 @@ class MirrorStore(SQLiteStore):
             self._database.renumber(shifts)
 
     def all_numbers(self) -> tuple[int, dict[bytes, int]]:
-        """Return the last id, and each topic's last number as of then, including empty topics."""
+        """Return the last id, and the last number of each topic, including empty ones, as of that id."""
         with self._database:
             empty = {name: number for name, (number, _) in self._topics.empty.items()}
             return self._last_id, empty | self._topics.last_numbers()

@@ -14,13 +14,13 @@ from dsmq.store.schema import ExpiredRow, Row, StoredMessage, pack
 if TYPE_CHECKING:
     from dsmq.store.rules import Kept, Rules
 
-# Max topics without messages whose last numbers are remembered; others restart at 1.
+# Max topics without messages whose last numbers are remembered; the numbers of others restart at 1.
 MAX_EMPTY_TOPICS = 100_000
 # Max topics whose dropped messages are counted.
 MAX_DROPPING_TOPICS = 100_000
-# Bytes of pages that don't count towards the limit, so that small limits are exact.
+# This many bytes of pages don't count towards the limit, so that small limits are exact.
 FREE_PAGE_BYTES = 1_048_576
-# Count the pages again after the stored bytes have changed by this much: it takes as long as an INSERT.
+# Count the pages again after the stored bytes have changed by this much; counting takes as long as an INSERT.
 COUNT_PAGES_BYTES = 65_536
 
 
@@ -39,7 +39,7 @@ class Topic:
         self.last_number, self.last_id = last_number, last_id
         # Total size of the bodies.
         self.bytes = 0
-        # The number of messages deleted, always the oldest ones.
+        # The number of messages deleted; they are always the oldest.
         self.deleted = last_number
         # The newest message that any client has read.
         self.read_number = self.read_id = 0
@@ -47,7 +47,7 @@ class Topic:
         self.buffered: list[StoredMessage] = []
         self.written_id = 0
         # The last dropped id. Dropped messages may still be in the database: in the row of the oldest remaining
-        # message, which contains `dead_bytes` of them, and while a snapshot is being written.
+        # message, where they take `dead_bytes`, and, while a snapshot is being written, in others.
         self.dropped_id = self.dead_bytes = 0
         self.kept: Kept | None = None
 
@@ -62,8 +62,8 @@ class Topic:
     def mark_read(self, after: int, first: Message, last: Message) -> int:
         """Mark messages as read; return the number of older ones that expired unread.
 
-        If the reader starts after a message that was read before, the messages in between have expired. Otherwise, the
-        reader has skipped them, and they count as read.
+        If the reader continues from a message that was read before, messages missing in between have expired.
+        Otherwise, the reader has skipped them, and they count as read.
         """
         if last.number <= self.read_number:
             return 0
@@ -106,7 +106,7 @@ class TopicTable:
         self.stored = self.restored = self.deleted = self.deleted_unread = self.dropped = 0
         # By topic, including topics without messages.
         self.dropped_by_name: dict[bytes, int] = {}
-        # Rows of topics that must be checked because they, or the rules, are new. None: no check is needed.
+        # Rows of topics to check because the topics or the rules are new. None: no check is needed.
         self.unchecked: list[int] | None = None
         # For each topic with messages, the number and id of its last dropped message.
         self.dropped_ids: dict[bytes, tuple[int, int]] = {}
@@ -123,7 +123,7 @@ class TopicTable:
         return self.topic_bytes + self.padding_bytes + accounted_bytes(self.messages, self.bytes)
 
     def count_pages(self, page_bytes: Callable[[], int], long_bytes: int) -> None:
-        """Apply the limit on bytes to pages, too, because they may be half empty. Long bodies are not in pages."""
+        """Apply the limit on bytes to pages, too, because pages may be half empty. Long bodies are not in pages."""
         counted = accounted_bytes(self.messages, self.bytes)
         if abs(counted - self._counted_bytes) >= COUNT_PAGES_BYTES:
             self._counted_bytes = counted
@@ -138,7 +138,7 @@ class TopicTable:
         return self.by_name.get(name) or Topic(name, 0, *self.empty.get(name, ()))
 
     def add(self, names: Iterable[bytes]) -> None:
-        """Add topics, in the order of their rows, which are never reused: snapshots rely on it."""
+        """Add topics in the order of their rows, which are never reused; snapshots rely on both."""
         for name in names:
             self.last_row += 1
             topic = Topic(name, self.last_row, *self.empty.pop(name, ()))
@@ -152,7 +152,7 @@ class TopicTable:
         found: Counts = {}
         for _, row, _, last_number, count, size in rows:
             topic = self.by_row[row]
-            # Removed and added again, so that topics are ordered by their last messages.
+            # Remove and add it again, so that topics stay ordered by their last messages.
             messages, total = found.pop(topic, (0, 0))
             live = min(count, last_number - topic.deleted)
             if live == count:
@@ -168,11 +168,11 @@ class TopicTable:
         self.bytes -= size
         self.deleted += count
         self.dropped += count
-        # At the end, so that the least recent is forgotten.
+        # Add it at the end, so that the least recent one is forgotten.
         self.dropped_by_name[topic.name] = self.dropped_by_name.pop(topic.name, 0) + count
         if len(self.dropped_by_name) > MAX_DROPPING_TOPICS:
             del self.dropped_by_name[next(iter(self.dropped_by_name))]
-        # The sum alone would not do: it does not change while messages of the same size come and go.
+        # The sum alone is not enough, because it does not change while messages of the same size come and go.
         self._counted_bytes -= size
 
     def delete_first(self, deleted: Counts) -> int:
@@ -240,7 +240,7 @@ class WriteBuffer:
         return pack((topic.row, topic.buffered) for topic in self.dirty_topics)
 
     def clear(self, last_id: int, last_row: int) -> None:
-        """Discard the messages once they are written, up to this id and topic row."""
+        """Discard messages up to this id and topic row, because they have been written."""
         self.written_id, self.written_row = last_id, last_row
         for topic in self.dirty_topics:
             topic.written_id = topic.last_id

@@ -1,1 +1,1 @@
-"""The wire protocol, which PROTOCOL.md describes, and TLS."""
+"""The wire protocol, described in PROTOCOL.md, and TLS."""

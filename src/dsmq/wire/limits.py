@@ -1,15 +1,15 @@
 """Limits of the protocol; PROTOCOL.md lists them all."""
 
 MAX_ARGUMENTS = 64
-# Max names in an MREAD, and max bytes of them together; only this command has more arguments than others.
+# Max names in an MREAD, and max bytes of all of them. Only this command may have more arguments than others.
 MAX_NAMES, MAX_NAMES_BYTES = 1_000, 65_536
 MANY_NAMES = b"MREAD"
 MAX_LINE_BYTES = 65_536
 # Max size of a request without its message: names, options, topic and framing.
 REQUEST_OVERHEAD_BYTES = 65_536
-# Max messages, and max bytes of their bodies, in the reply to a READ that does not request fewer.
+# Max messages, and max bytes of their bodies, in the reply to a READ that does not ask for fewer.
 DEFAULT_COUNT, MAX_COUNT = 100, 1_000
 MAX_READ_BYTES = 262_144
 MAX_INTEGER = 2**63 - 1
-# Max nesting of arrays in replies; COMMAND DOCS in EXEC is the deepest.
+# Max nesting of arrays in replies; COMMAND DOCS in EXEC nests deepest.
 MAX_DEPTH = 6

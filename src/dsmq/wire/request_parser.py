@@ -13,7 +13,7 @@ from dsmq.wire.resp import ARRAY, CRLF, MAX_SPLIT_BYTES, Input, parse_length, qu
 _MAX_LENGTH_LINE = 22
 _MAX_SPLIT_TOKENS = 448
 _RETURN = ord("\r")
-# Requests that can't be split are parsed more slowly: this many take about 0.1 ms.
+# Requests that can't be split are parsed more slowly; this many take about 0.1 ms.
 _MAX_ONE_BY_ONE = 16
 _short_count = {b"*%d" % n: n for n in range(1, MAX_ARGUMENTS + 1)}.get
 
@@ -31,8 +31,8 @@ _ESCAPED = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 class RequestParser(Input):
     """Parses requests. It can't continue after an error: close the connection.
 
-    max_message_bytes limits each argument, max_request_bytes the whole request (default: 64 KiB more), max_arguments
-    their number in an MREAD. All may be changed between requests.
+    max_message_bytes limits each argument, max_request_bytes the whole request (default: 64 KiB more), and
+    max_arguments the arguments of an MREAD. All may be changed between requests.
     """
 
     __slots__ = (
@@ -57,7 +57,7 @@ class RequestParser(Input):
 
     @property
     def buffered(self) -> int:
-        """The bytes in memory, including consumed ones not freed yet."""
+        """The bytes in memory, including bytes that are consumed but not freed yet."""
         return len(self._data) + self._chunk_bytes + self._size
 
     def next(self) -> list[bytes] | None:
@@ -164,7 +164,7 @@ class RequestParser(Input):
     def _split(self, requests: list[list[bytes]]) -> None:
         """Append the leading requests that are short and have no line ends within arguments.
 
-        Several times as fast as `next`, which parses all others.
+        Several times faster than `next`, which parses all others.
         """
         data = self._data[self._at : self._at + MAX_SPLIT_BYTES]
         tokens = data.split(CRLF, _MAX_SPLIT_TOKENS)
@@ -190,7 +190,7 @@ class RequestParser(Input):
         longest = min(MAX_LINE_BYTES, self.max_request_bytes)
         end = data.find(b"\n", start, start + longest)
         stop = end if end >= 0 else min(len(data), start + longest)
-        # A carriage return is allowed at the end of the line, which may be the end of the data so far.
+        # A carriage return may end the line, which may be the end of the data so far.
         control = _CONTROL.search(data, start, stop - (data[stop - 1 : stop] == b"\r"))
         if control is not None:
             raise ProtocolError(f"control character {quoted(control[0])} in a line")
@@ -208,7 +208,7 @@ class RequestParser(Input):
             raise ProtocolError("a line is not UTF-8") from None
         words = split_line(line)
         self._check_count(words, len(words))
-        # Only now, so that another call finds the error again.
+        # Only now is the line consumed, so that another call finds the error again.
         self._advance(end + 1)
         return words or self.next()
 

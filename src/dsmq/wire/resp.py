@@ -19,12 +19,12 @@ ARRAY, _BULK, _INTEGER, _SIMPLE, _ERROR, _NULL = b"*$:+-_"
 _ZERO = ord("0")
 CRLF = b"\r\n"
 OK = b"+OK\r\n"
-# Max bytes split at once, so that a failed split costs little. All limits on the size of a request are higher, so split
-# requests need no check.
+# Max bytes split at once, so that a failed split costs little. All limits on the size of a request are higher, so
+# requests that were split need no check.
 MAX_SPLIT_BYTES = 4096
-# Smaller chunks of input are gathered.
+# Chunks of input that are smaller than this are gathered.
 _MIN_CHUNK_BYTES = 4096
-# Longer replies are built in the type of buffer that a connection sends from, to save a copy.
+# To save a copy, longer replies are built in the type of buffer that a connection sends from.
 _LONG_REPLY_BYTES = 65_536
 short_length = {b"$%d" % n: n for n in range(1024)}.get
 """Parse a short length line; None for other lines. The lookup both checks and converts it."""
@@ -34,7 +34,7 @@ Reply: TypeAlias = "str | int | bytes | ReplyError | list[Reply] | None"
 
 
 class Input:
-    """A buffer of input that is joined only when there is enough to try parsing again.
+    """A buffer of input, which is joined only when there is enough to try parsing again.
 
     Joining on every arrival would copy a message of n bytes n / 65,536 times, or n times if it arrives byte by byte.
     """
@@ -78,7 +78,7 @@ class Input:
         return b"".join((self._data[self._at :], *self._chunks, data))
 
     def _keep(self, data: bytes) -> None:
-        """Buffer a chunk. Small ones are gathered: as separate objects they would take many times their size."""
+        """Buffer a chunk. Small chunks are gathered, because separate objects would take many times their size."""
         chunks = self._chunks
         self._chunk_bytes += len(data)
         if not chunks or len(chunks[-1]) >= _MIN_CHUNK_BYTES:
@@ -90,11 +90,11 @@ class Input:
         last += data
 
     def _await(self, size: int) -> None:
-        """Note that the next item lacks at least `size` bytes."""
+        """Record that the next item lacks at least `size` bytes."""
         self.missing = size
         self.incomplete = True
         if self._at:
-            # Don't keep consumed bytes in memory until the rest arrives.
+            # Free consumed bytes now rather than when the rest arrives.
             self._data = self._data[self._at :]
             self._at = 0
 
@@ -120,7 +120,7 @@ class ReplyParser(Input):
 
     def __init__(self) -> None:
         super().__init__()
-        # The incomplete arrays, outermost first, each with its final length. Values so far are not parsed again when
+        # The incomplete arrays, outermost first, each with its final length. Their values are not parsed again when
         # more bytes arrive.
         self._open: list[tuple[list[Reply], int]] = []
 
@@ -166,7 +166,7 @@ class ReplyParser(Input):
         if end < 0:
             if len(data) - at > MAX_LINE_BYTES:
                 raise ProtocolError("no end of line in a reply")
-            # One more than allowed, so that a line that is too long gets parsed and rejected.
+            # One more than allowed, so that a line that is too long is parsed, and rejected.
             raise _Incomplete(1, MAX_LINE_BYTES - (len(data) - at) + 1)
         kind = data[at]
         line = data[at + 1 : end]
@@ -207,7 +207,7 @@ class ReplyParser(Input):
     def _split(self, count: int, values: list[Reply]) -> None:
         """Append the integers and short bulk strings that come next.
 
-        Several times as fast as `_value`, which parses all others.
+        Several times faster than `_value`, which parses all others.
         """
         data = self._data[self._at : self._at + MAX_SPLIT_BYTES]
         tokens = data.split(CRLF)
@@ -216,7 +216,7 @@ class ReplyParser(Input):
         token, left = 0, count - len(values)
         while token < last and left:
             line = tokens[token]
-            # Faster than testing single bytes: these begin with 1 to 9.
+            # Matches integers that begin with 1 to 9; testing single bytes would be slower.
             if b":1" <= line < b"::":
                 if not (digits := line[1:]).isdigit() or len(digits) > 19:
                     break
@@ -234,7 +234,7 @@ class ReplyParser(Input):
 
 
 class _Incomplete(Exception):
-    """Its arguments: the min number of missing bytes, and the max number that the line may still have."""
+    """The arguments are the min number of missing bytes, and the max number of bytes that the line may still have."""
 
 
 def parse_length(digits: bytes) -> int:
@@ -336,7 +336,7 @@ def encode_messages(messages: Sequence[tuple[int, int, int, bytes, int]]) -> Enc
     """Encode a reply to READ from tuples of id, number, age, body, and time to expiry; times are in milliseconds."""
     if not messages:
         return b"*0\r\n"
-    # Joined only once, so that a long body is copied once. The parts between two bodies are formatted together.
+    # Join only once, so that a long body is copied once. The parts between two bodies are formatted together.
     message_id, number, age, body, left = messages[0]
     head = b"*%d\r\n:%d\r\n:%d\r\n:%d\r\n$%d\r\n" % (5 * len(messages), message_id, number, age, len(body))
     parts = [head, body]
@@ -348,7 +348,7 @@ def encode_messages(messages: Sequence[tuple[int, int, int, bytes, int]]) -> Enc
 
 
 def encode_jobs(jobs: Sequence[tuple[bytes, int, int, int, bytes, int, int]]) -> Encoded:
-    """Encode a reply to TAKE: seven values a job."""
+    """Encode a reply to TAKE: seven values per job."""
     parts = [b"*%d\r\n" % (7 * len(jobs))]
     for topic, message_id, number, age, body, left, attempt in jobs:
         head = len(topic), topic, message_id, number, age, len(body)
@@ -358,7 +358,7 @@ def encode_jobs(jobs: Sequence[tuple[bytes, int, int, int, bytes, int, int]]) ->
 
 
 def encode_found(position: int, messages: Sequence[tuple[bytes, int, int, int, bytes, int]]) -> Encoded:
-    """Encode a reply to MREAD: a position, and six values a message."""
+    """Encode a reply to MREAD: a position, and six values per message."""
     parts = [b"*%d\r\n:%d\r\n" % (1 + 6 * len(messages), position)]
     for topic, message_id, number, age, body, left in messages:
         head = len(topic), topic, message_id, number, age, len(body)

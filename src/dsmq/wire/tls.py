@@ -12,9 +12,9 @@ from typing import TypeAlias
 from dsmq.errors import ConfigError
 
 _RECORD_BYTES = 16_384
-# Without a limit, OpenSSL would search the whole file for a certificate, however long that takes.
+# Without a limit, OpenSSL would search a whole file for a certificate, however long it is.
 _MAX_FILE_BYTES = 16_777_216
-# Advice to clients about an error, by OpenSSL's code or name.
+# Advice to clients for an error, by OpenSSL's code or name.
 _UNKNOWN_AUTHORITY = "the certificate is not from a trusted authority (ca_file=... names others to trust)"
 _ADVICE: dict[int | str | None, str] = {
     18: "self-signed certificate (ca_file=... to trust it)",
@@ -26,7 +26,7 @@ _ADVICE: dict[int | str | None, str] = {
 }
 _REASONS = {
     "KEY_VALUES_MISMATCH": "the key does not match the certificate",
-    # Only a server sends this.
+    # Only a server sends this alert.
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the server requires a certificate (cert_file=..., key_file=...)",
     "": "not in PEM format",
     None: "not in PEM format",
@@ -39,8 +39,8 @@ _Source: TypeAlias = tuple[str, str]
 def server_context(cert_file: str, key_file: str, client_ca_file: str) -> ssl.SSLContext:
     """Return a server's context from files in PEM format. Raises ConfigError.
 
-    Without key_file, the key is read from cert_file. With client_ca_file, clients must have a certificate of one of
-    those authorities.
+    Without key_file, the key is read from cert_file. With client_ca_file, clients must present a certificate issued by
+    one of these authorities.
     """
     context = _new_context(ssl.PROTOCOL_TLS_SERVER)
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
@@ -112,7 +112,7 @@ def _check_size(source: _Source) -> None:
 
 
 def _pair_error(cert: _Source, key: _Source, error: Exception) -> ConfigError:
-    """Explain what is wrong with a certificate and its key. OpenSSL reports most mistakes in the same way."""
+    """Explain what is wrong with a certificate and its key. OpenSSL reports most mistakes with the same error."""
     try:
         cert_text, key_text = _read(cert), _read(key)
     except ConfigError as unreadable:
@@ -186,7 +186,7 @@ class TLSSocket:
     def recv(self, size: int) -> bytes:
         """Return some received bytes. Raises BlockingIOError if there are none, OSError if it broke.
 
-        It returns the last record completely, even beyond `size`, because selectors don't report decrypted bytes.
+        Returns the last record completely, even beyond `size`, because selectors don't report decrypted bytes.
         """
         try:
             data = self._socket.recv(size)
@@ -198,16 +198,16 @@ class TLSSocket:
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
             return b""
         except ssl.SSLWantWriteError:
-            # TLS has to reply before it can continue reading, but the peer does not read.
+            # TLS has to send something before it can continue reading, but the peer does not read.
             raise ConnectionAbortedError("TLS: the peer does not read") from None
         except ssl.SSLError as error:
             raise ConnectionAbortedError(f"TLS: {reason(error)}") from None
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
-        """Send some of the data; the rest has to be passed again. Raises as `recv` does."""
+        """Send some of the data; the rest must be passed again. Raises as `recv` does."""
         sent = 0
         try:
-            # Record by record, because OpenSSL reports progress only when the whole write has been sent.
+            # Send record by record, because OpenSSL reports progress only when a whole write has been sent.
             with memoryview(data) as view:
                 while sent < len(view):
                     sent += self._socket.send(view[sent : sent + _RECORD_BYTES])
@@ -224,7 +224,7 @@ class TLSSocket:
 
     def shutdown(self, how: int) -> None:
         with contextlib.suppress(OSError, ValueError):
-            # Sends close_notify, and does not wait for the peer's.
+            # Sends close_notify, but does not wait for the peer's.
             self._socket.unwrap()
         self._socket.shutdown(how)
 
@@ -234,7 +234,7 @@ class TLSSocket:
 
 def accept(context: ssl.SSLContext, sock: socket.socket) -> TLSSocket:
     """Return the server's side of a connection; the socket belongs to it. Raises OSError."""
-    # Raises if the client has already gone. If wrap_socket raised instead, it would leave the socket open.
+    # Raises if the client has already gone; if wrap_socket raised that instead, the socket would stay open.
     sock.getpeername()
     return TLSSocket(context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False))
 
