@@ -208,7 +208,7 @@ class Worker:
         return self._sends[-1] if self._sends else 0.0, ended, reply
 
     def _raise_unless_interrupted(self, error: BaseException | None) -> None:
-        is_refused = isinstance(error, StoreFailed) or str(error).startswith("STORE ")
+        is_refused = isinstance(error, StoreFailed) or str(error).startswith(("STORE ", "UNSURE "))
         if error is not None and not (isinstance(error, KeyboardInterrupt) or (is_refused and self.job.may_be_refused)):
             raise error
 
