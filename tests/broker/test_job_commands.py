@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -17,6 +18,7 @@ from dsmq.broker.jobs import PendingTake, TakeQueues
 from dsmq.errors import ReplyError, StoreFailed
 from dsmq.server import Server
 from dsmq.store.group_figures import MAX_FIRST
+from dsmq.store.groups import Job
 from dsmq.wire.resp import encode_request
 from security import READER, WRITER, wire_as
 
@@ -264,6 +266,22 @@ def test_error_on_the_second_try_leaves_no_wait(server: Server, wire: Wire, monk
     assert server.status.waiting() == 0
     wire.call("PUT", "t", "x")
     assert ids(call(wire, "TAKE t w 60000 WAIT 60000")) == [1]
+
+
+def test_put_while_the_store_has_yet_to_answer_is_not_missed(
+    server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = server.context.store.groups
+    assert groups is not None
+    take, calls, answer = groups.take, count(), Future[list[Job] | None]()
+    monkeypatch.setattr(groups, "take", lambda request: take(request) if next(calls) != 1 else answer)
+    with ExitStack() as stack:
+        worker = stack.enter_context(wire_to(server))
+        send(worker, "TAKE t w 60000 WAIT 60000")
+        wait_until(lambda: server.status.waiting() == 1)
+        assert wire.call("PUT", "t", "x") == 1
+        answer.set_result([])
+        assert ids(worker.receive()) == [1]
 
 
 def test_groups_wait_independently(server: Server, wire: Wire) -> None:
