@@ -63,7 +63,7 @@ def test_requests_before_framing_error_are_answered(wire: Wire) -> None:
 
 
 @given(noise=st.binary(max_size=300))
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_bytes_do_not_harm_server(server: Server, noise: bytes) -> None:
     with wire_to(server) as bad:
         bad.send(noise)

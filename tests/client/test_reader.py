@@ -738,7 +738,7 @@ class Model:
 
 
 @given(seed=st.integers(0, 2**32), steps=st.integers(5, 60))
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 def test_each_message_is_returned_once_or_missed(seed: int, steps: int) -> None:
     clock, before = ClientClock(), reader_module.boot_time
     reader_module.boot_time = clock.monotonic  # type: ignore[assignment]

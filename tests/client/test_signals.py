@@ -127,7 +127,7 @@ def test_second_interrupt_anywhere_in_next_call_loses_nothing(mq: Client, writer
     steps, interrupted = Steps(interrupt, opcodes=False), 0
     sent = [str(number) for number in range(4)]
     for first in itertools.count(1):
-        for second in itertools.count(first % 7 + 1, 7):
+        for second in itertools.count(first % 13 + 1, 13):
             writer.put_many("t", sent)
             got = [mq.get("t")]
             with suppress(Interrupted):

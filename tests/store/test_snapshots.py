@@ -66,7 +66,7 @@ puts = st.lists(st.tuples(st.sampled_from(NAMES), st.binary(max_size=20), a_key)
 actions = st.one_of(puts, st.integers(1, 120_000), st.sampled_from(["expire", "write"]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(actions, max_size=25), st.booleans(), puts)
 def test_restored_store_equals_saved_store(before: list[list[Put] | int | str], slowly: bool, later: list[Put]) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -87,7 +87,7 @@ def test_restored_store_equals_saved_store(before: list[list[Put] | int | str], 
         store.close()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(actions, max_size=15), st.lists(st.lists(actions, max_size=4), max_size=12))
 def test_snapshot_is_consistent_despite_changes_between_batches(
     before: list[list[Put] | int | str], meanwhile: list[list[list[Put] | int | str]]

@@ -363,7 +363,7 @@ TestStoreWithLongBodiesAndModel = StoreWithLongBodiesAndModel.TestCase
 TestStoreAndModel.settings = TestStoreWithLongBodiesAndModel.settings = settings(
     # Explaining a failure would take a minute.
     phases=[phase for phase in Phase if phase is not Phase.explain],
-    max_examples=60,
+    max_examples=40,
     stateful_step_count=40,
     deadline=None,
 )

@@ -449,7 +449,7 @@ noise = st.binary(max_size=200) | fragments
 
 @given(noise=noise, cuts=cuts)
 @example(noise=b"\r\n" * 50, cuts=[])
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_bytes_parse_the_same_as_requests_in_any_pieces(noise: bytes, cuts: list[int]) -> None:
     expected = outcome(RequestParser(LIMIT), [noise])
     assert outcome(RequestParser(LIMIT), bytewise(noise)) == expected
@@ -457,7 +457,7 @@ def test_any_bytes_parse_the_same_as_requests_in_any_pieces(noise: bytes, cuts: 
 
 
 @given(noise=noise, cuts=cuts)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_bytes_parse_the_same_as_replies_in_any_pieces(noise: bytes, cuts: list[int]) -> None:
     expected = outcome(ReplyParser(), [noise])
     assert outcome(ReplyParser(), bytewise(noise)) == expected
@@ -465,7 +465,7 @@ def test_any_bytes_parse_the_same_as_replies_in_any_pieces(noise: bytes, cuts: l
 
 
 @given(line=fragments | st.binary(max_size=50))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_inline_line_is_split_or_raises(line: bytes) -> None:
     try:
         words = split_line(line.replace(b"\n", b""))
@@ -475,7 +475,7 @@ def test_any_inline_line_is_split_or_raises(line: bytes) -> None:
 
 
 @given(request=whole_requests, at=st.integers(0, 5000), byte=st.integers(0, 255))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_request_with_one_wrong_byte_parses_the_same_in_any_pieces(request: list[bytes], at: int, byte: int) -> None:
     data = bytearray(encode_request(*request))
     data[at % len(data)] = byte
