@@ -20,7 +20,7 @@ from dsmq.demo_cluster import find_nats_server, free_ports, streams
 from dsmq.errors import StartupError
 from helpers import HOST, SOON, reached, wait_until
 
-# Another program may take a free port before it is used; then all are chosen again.
+# Another program may take a free port before it is used; in that case, all ports are chosen again.
 PORTS_TRIED = 5
 
 
@@ -158,7 +158,7 @@ class LocalEngine(Engine):
             ports = free_ports(3 * count)
             routes = ports[2::3] if count > 1 else []
             if proxy is not None:
-                # No address that a node could learn from others leads around the proxies.
+                # Nodes must not learn from others any address that bypasses the proxies.
                 self._links = {(one, other): proxy(routes[other]) for one, other in permutations(range(count), 2)}
             place = folder / f"attempt{attempt}"
             place.mkdir(parents=True)
@@ -193,7 +193,7 @@ def configuration(
     cluster = ""
     if routes:
         urls = ", ".join(f'"nats://{to}:{port}"' for to, port in routes)
-        # Nodes tell each other of their addresses: if there are proxies, of one that nobody listens to.
+        # Nodes advertise their addresses to each other. If there are proxies, advertise one that nobody listens on.
         advertise = "" if direct else f'advertise: "{host}:1", '
         cluster = (
             f"cluster {{ name: tests, listen: {host}:{ports[2]}, {advertise}routes: [{urls}], no_advertise: true }}\n"

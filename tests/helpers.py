@@ -25,7 +25,7 @@ from dsmq.wire.resp import Reply, ReplyParser, encode_request
 
 ROOT = Path(__file__).parent.parent
 HOST = "127.0.0.1"
-# The unit of all timing in the tests, in seconds; long enough for a busy machine.
+# The unit of all times in the tests, in seconds; long enough for a busy machine.
 UNIT = float(os.environ.get("DSMQ_TEST_UNIT", "0.1"))
 # The timeout for anything that must happen.
 SOON = 300 * UNIT
@@ -211,7 +211,7 @@ class Daemon(Process):
         environment |= {"DSMQ_PORT": "0", "DSMQ_HTTP_PORT": "0"}
         settings = store_settings() | settings
         environment |= {f"DSMQ_{name.upper()}": str(value) for name, value in settings.items()}
-        # A pipe that nothing reads would block the process once it is full.
+        # If this were a pipe that nothing reads, it would block the process once it is full.
         self.process = subprocess.Popen(
             [*prefix, *command, *options],
             stdin=subprocess.DEVNULL,

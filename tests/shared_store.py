@@ -32,7 +32,7 @@ from helpers import HOST, UNIT
 REPLICAS = 3
 # The id of the message with the epoch, which is the first of a stream.
 FIRST = 1
-# How long mirrors lag at least, so that a test that needs them to be complete fails each time.
+# The min lag of mirrors, so that a test that requires complete mirrors always fails.
 LAG_SECONDS = UNIT / 10
 
 T = TypeVar("T")
@@ -116,7 +116,7 @@ class CountingStore(NATSStore):
         stored: Future[list[Outcome]] = Future()
 
         def finish(done: Future[list[Outcome]]) -> None:
-            # Before the outcomes of later puts.
+            # Must precede the outcomes of later puts.
             if not done.exception() and isinstance(fact_id := done.result()[0], int):
                 self.numbers.skip(fact_id)
             _pass_on(done, answer)
@@ -178,7 +178,7 @@ class CountingStore(NATSStore):
 
 
 class Numbers:
-    """Numbers the messages of a stream, without some that do not count."""
+    """Numbers the messages of a stream, skipping those that do not count."""
 
     def __init__(self) -> None:
         self._skipped = [FIRST]
@@ -225,7 +225,7 @@ def number_from_one() -> None:
     """Make the servers in this process assign ids from 1, without gaps."""
     dsmq.store.nats.NATSStore = CountingStore  # type: ignore[misc]
     dsmq.store.nats.NATSGroups = CountingGroups  # type: ignore[misc]
-    # No node is cut off, so servers need no message of their own as proof.
+    # No node is cut off, so servers need not publish a message as proof.
     Stream.sole_leader_until = property(lambda _: math.inf, lambda *_: None)  # type: ignore[assignment]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from dsmq.client import DSMQClientSideConnection, connect
 from helpers import SOON, wait_until
 
-# Enough to take a while, so that puts are under way when something happens.
+# Enough to take a while, so that puts are in progress when something happens.
 PROGRESS = 200
 TOPIC = "numbers"
 
@@ -45,7 +45,7 @@ class Traffic:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Run both, and check what has arrived, and what each server holds."""
+        """Run both; check what has arrived, and what each server stores."""
         for thread in self._threads:
             thread.start()
         try:

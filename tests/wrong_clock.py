@@ -1,4 +1,4 @@
-"""Run a command whose wall clock is wrong, also if it is statically linked: `python wrong_clock.py SECONDS COMMAND`.
+"""Run a command whose wall clock is wrong, even if it is statically linked: `python wrong_clock.py SECONDS COMMAND`.
 
 The kernel gives each process a copy of a small library, the vDSO, with the function that reads the clocks. When the
 command begins, that function is replaced in its copy.
@@ -80,7 +80,7 @@ def main() -> None:
         sys.exit("only for x86-64")
     pid, (reading, writing) = os.getpid(), os.pipe()
     if (child := os.fork()) == 0:
-        # The command gets no child that it does not know of.
+        # The command must not get a child that it does not know about.
         if os.fork() == 0:
             os.close(reading)
             _attend(pid, int(seconds), writing)

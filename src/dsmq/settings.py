@@ -88,14 +88,14 @@ class Settings(BaseSettings):
     http_port: HTTPPort = 30009
     """TCP port of the HTTP endpoint. 0: any free port. "off": no HTTP endpoint."""
     metrics_topics: Annotated[int, Field(ge=0, le=1000)] = 0
-    """Number of topics with their own metrics: those with the most puts. The rest are summed up as `other`.
-    As many groups of workers have their own metrics."""
+    """Number of topics with their own metrics: those with the most puts. The rest are summed up as `other`. The same
+    number of groups of workers have their own metrics, too."""
     health_timeout_seconds: Timeout = 10.0
     """How long a thread may be unresponsive before /healthz fails."""
     max_age_seconds: Age = 600.0
-    """Messages older than this are never delivered, and are deleted soon after."""
+    """Messages older than this are never delivered, and are soon deleted."""
     expiry_interval_seconds: Annotated[Seconds, Field(ge=0.01, le=3600)] = 1.0
-    """How often expired messages are deleted. A shorter interval frees their memory sooner."""
+    """How often expired messages are deleted. A shorter interval frees memory sooner."""
     store: StoreServers = ""
     """Servers of a NATS cluster in which this and other dsmq servers store their messages: nats://HOST:PORT,HOST:PORT,
     or tls:// instead. Empty: this server keeps messages in memory.
@@ -121,7 +121,7 @@ class Settings(BaseSettings):
     max_message_bytes: Annotated[int, Field(ge=1, le=536_870_912), Size] = 8_388_608
     """Max size of a message. Each connection may buffer one message of this size."""
     max_topic_bytes: Annotated[int, Field(ge=1, le=4096), Size] = 512
-    """Max length of a topic name in UTF-8. Topic names are remembered after their messages are gone."""
+    """Max length of a topic name, in bytes of UTF-8. Names are remembered after their topics' messages are gone."""
     max_topics: Count = 1_000_000
     """Max topics with stored messages. Each takes about 600 bytes plus its name."""
     max_stored_messages: Count = 10_000_000
@@ -148,7 +148,7 @@ class Settings(BaseSettings):
     max_waiting_readers: Limit = 10_000
     """Max clients waiting for a message; further ones get an error."""
     max_waiting_patterns: Limit = 10_000
-    """Max patterns of all clients waiting for a message; further ones get an error."""
+    """Max patterns that clients wait for, in total; requests that would exceed it get an error."""
     max_groups: Limit = 1_000
     """Max groups of workers. A group is forgotten if it is not used for as long as messages are kept."""
     max_jobs_in_flight: Limit = 10_000
@@ -156,8 +156,8 @@ class Settings(BaseSettings):
     max_group_bytes: Bytes = 16_777_216
     """Max memory for the state of all groups of workers: about 600 bytes per unfinished job."""
     max_attempts: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    """Max times that a job is given to workers. If it is still not done, it is moved to a topic with /failed added to
-    the name. 0: unlimited, until it expires.
+    """Max times that a job is given to workers. A job that is still not done is moved to the topic with /failed added
+    to the name. 0: unlimited, until the job expires.
     """
     max_unread_reply_bytes: Annotated[int, Field(ge=1024, le=1_073_741_824), Size] = 16_777_216
     """Max unread reply bytes buffered for a client; above it, its requests are not read. The default is enough for
@@ -167,22 +167,22 @@ class Settings(BaseSettings):
     clients that hold the most and read slower than 16 KiB/s are disconnected. A message of any allowed size fits."""
     max_total_request_bytes: Bytes = 268_435_456
     """Max bytes buffered for the requests of all clients: their declared lengths, the positions of GET, and the topics
-    that they wait for. Above it, only the oldest request is read; after 1 s, the clients that hold the most and send
+    that clients wait for. Above it, only the oldest request is read; after 1 s, the clients that hold the most and send
     slower than 16 KiB/s are disconnected. A message of any allowed size fits."""
     request_timeout_seconds: ClientTimeout = 30.0
     """Time limit from a request's first byte to its last, plus the time its length takes at 16 KiB/s."""
     reply_timeout_seconds: ClientTimeout = 30.0
     """A client that does not read its replies for this long is disconnected."""
     idle_timeout_seconds: Annotated[Seconds, Field(ge=0, le=YEAR_SECONDS)] = 0.0
-    """A connection without a request for this long is closed, unless it is waiting for a message. 0: never, because TCP
-    keepalive detects clients that vanished."""
+    """A connection without a request for this long is closed, unless it is waiting for a message. 0: never; TCP
+    keepalive detects clients that have vanished."""
     stop_timeout_seconds: Timeout = 10.0
     """Time limit for a graceful stop. Threads still running after it are logged and abandoned."""
     io_threads: Annotated[int, Field(ge=0, le=64)] = 0
     """Threads that serve connections. 0: one if Python has a GIL, because more are slower, else one per core."""
     busy_poll_microseconds: Annotated[int, Field(ge=0, le=100_000)] = 100
-    """How long a thread polls for the next request before it sleeps: faster than waking up, but uses CPU time whenever
-    clients pause. 0: no polling."""
+    """How long a thread polls for the next request before it sleeps: faster than being woken up, but uses CPU time
+    whenever clients pause. 0: no polling."""
     listen_backlog: Annotated[int, Field(ge=1, le=65535)] = 1024
     """Max connections that the kernel queues until they are accepted."""
     allow_shutdown: bool = True
@@ -197,9 +197,9 @@ class Settings(BaseSettings):
     max_log_lines_per_second: Limit = 10
     """Max lines logged per second for the same cause. The rest are counted and summarised."""
     topic: tuple[TopicSettings, ...] = ()
-    """Limits for some topics. The first table whose pattern matches (* matches any characters) applies; settings that
-    it omits are as for all topics. Only in this file, below all other settings. With store, they apply on all servers,
-    as do when_full and the limits per topic: see deploy/cluster/README.md.
+    """Limits for some topics. The first table whose pattern matches (* matches any characters) applies; for settings
+    that it omits, the general limits apply. Only in this file, below all other settings. With store, these limits apply
+    on all servers, as do when_full and the limits per topic: see deploy/cluster/README.md.
     """
 
     @classmethod

@@ -67,7 +67,7 @@ def before_auth(trial: Trial) -> None:
     with victim(trial, auth_token=TOKEN, auth_timeout_seconds=trial.size(10, 2)) as on:
         daemon = on.daemon
         each = int(trial.size(100e6, 20e6))
-        # Measured before all attacks, because memory freed by one may be reused by the next.
+        # Measured before the first attack, because memory that one attack frees may be reused by the next.
         serve_time(daemon)
         before = daemon.memory
         daemon.forget_peak()
@@ -170,7 +170,7 @@ def _show(port: int, token: str) -> bytes:
 
 
 class Gone:
-    """Whether the server has closed all connections of a crowd."""
+    """Return whether the server has closed all connections of a crowd."""
 
     def __init__(self, daemon: Daemon, crowd: Crowd) -> None:
         self._daemon, self._crowd = daemon, crowd
@@ -179,7 +179,7 @@ class Gone:
 
     def __call__(self) -> bool:
         now = time.monotonic()
-        # Polling continuously would be an attack in itself; and the sink does not drop connections.
+        # Polling without pauses would be an attack in itself, and the sink does not drop connections.
         if self._crowd.opened == self._crowd.count and self._crowd.port == self._daemon.port and now >= self._look_at:
             self._look_at = now + LOOK_EVERY_SECONDS
             if self._daemon.metric("dsmq_connections") <= 2:
@@ -187,7 +187,7 @@ class Gone:
         return self.at < math.inf
 
     def after(self) -> float:
-        """Seconds since the last one connected; infinite while any is open."""
+        """Return the seconds since the last one connected; infinite while any is open."""
         if self._crowd.port == self._daemon.port:
             reached(self, 2 * LOOK_EVERY_SECONDS)
         return self.at - self._crowd.opened_last
@@ -264,7 +264,7 @@ def never_read(trial: Trial) -> None:
         daemon.forget_peak()
         attack(daemon.port)
         peak = daemon.peak_memory
-        # Not all of their replies fit in the total: clients that wait for room get it once others have been dropped.
+        # Not all of their replies fit into the total; clients that wait for room get it once others have been dropped.
         trial.must(
             f"{count} connections that never read are dropped at reply_timeout_seconds, {timeout:g} s, in turn",
             f"all {ends[0]:.1f} s after the last was opened",
@@ -284,7 +284,7 @@ def flood(trial: Trial) -> None:
         daemon = on.daemon
         mq.ping()
 
-        # The connection of `mq` counts too; those of the HTTP endpoint don't.
+        # The connection of `mq` counts, too; those of the HTTP endpoint don't.
         room = most - 1
 
         def attack(port: int) -> Crowd:
@@ -320,7 +320,7 @@ def no_files(trial: Trial) -> None:
     few = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))}
     with victim(trial, popen=few) as on:
         _exhaust(trial, on.daemon, "ulimit -n 256")
-    # By default it accepts fewer connections than its limit on files, so the fault uses up the remaining files.
+    # By default, the server accepts fewer connections than its limit on files, so the fault uses up the remaining ones.
     # Scraping is paused, because it fails without file descriptors.
     with victim(trial, *faulty("files"), popen=few) as on, on.scraper.paused():
         on.daemon.signal(signal.SIGUSR1)

@@ -19,7 +19,7 @@ from helpers import HOST
 SOURCES = [f"127.0.0.{number}" for number in range(2, 102)]
 # SO_LINGER with time 0: closing resets the connection.
 RESET = struct.pack("ii", 1, 0)
-# How much longer than necessary an attacker waits, for slow machines.
+# How much longer than necessary an attacker waits, to allow for slow machines.
 GRACE_SECONDS = 5.0
 _sources = itertools.cycle(SOURCES)
 
@@ -109,7 +109,7 @@ class Crowd:
 
     def _open(self, now: float) -> None:
         wanted = min(self.count, 1 + int(self.count * (now - self.began) / self.opening_seconds))
-        # Only a few at a time, so that open connections are fed in between.
+        # Open only a few at a time, so that open connections are fed in between.
         for _ in range(min(20, wanted - self._opened)):
             if self._opened % 100 == 0 and memory_left() < LEAST_MEMORY_LEFT:
                 raise NotHere("the machine runs out of memory")

@@ -48,7 +48,7 @@ def threads() -> None:
 
     def forbid() -> None:
         if not os.geteuid():
-            # The limit does not apply to root.
+            # Root is exempt from the limit.
             os.setgroups([])
             os.setgid(NOBODY)
             os.setuid(NOBODY)

@@ -25,9 +25,9 @@ from dsmq.wire.resp import ReplyParser, encode_request
 from helpers import Process
 
 LARGEST = 10_000
-"""Max message size here: small, so that limits are reached."""
+"""Max message size in these tests; it is small, so that limits are reached."""
 LATE_SECONDS = 5.0
-"""A connection not closed within this many seconds counts as hanging."""
+"""A connection that is not closed within this many seconds counts as hanging."""
 VERBS = (b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"CONNECT", b"get", b"Put", b"READ")
 NUMBERS = (
     *(b"-1", b"-0", b"+1", b"00", b"01", b"1.0", b"1e3", b"0x10", b" 1", b"1 ", b"", b"a", b"\xb2", b"1_000"),
@@ -232,7 +232,7 @@ def whole(data: bytes) -> tuple[list[list[bytes]], str]:
 
 
 def in_pieces(data: bytes, rng: Random) -> tuple[list[list[bytes]], str]:
-    """The same, with the bytes arriving in pieces."""
+    """Do the same, with the bytes arriving in pieces."""
     parser = RequestParser(LARGEST)
     found: list[list[bytes]] = []
     at = 0
@@ -249,7 +249,7 @@ def in_pieces(data: bytes, rng: Random) -> tuple[list[list[bytes]], str]:
 
 
 def to_parser(count: int, seed: int) -> tuple[Counter[str], list[bytes], int]:
-    """Parse `count` requests; return the outcomes, those that differ in pieces, and the memory growth."""
+    """Parse `count` requests; return the outcomes, the requests whose outcome differs in pieces, and memory growth."""
     rng = Random(seed)
     outcomes: Counter[str] = Counter()
     differ: list[bytes] = []
@@ -277,12 +277,12 @@ def to_server(port: int, count: int, seed: int) -> tuple[Counter[str], list[byte
         try:
             outcomes[_exchange(sock, data, rng)] += 1
         except ProtocolError:
-            # dsmq's parser knows only replies to its own client, which does not use RESP 3 and COMMAND.
+            # dsmq's parser handles only replies to its own client, which uses neither RESP 3 nor COMMAND.
             outcomes["not for this parser" if re.search(b"HELLO|COMMAND", data, re.I) else "no reply"] += 1
         except TimeoutError:
             hung.append(data)
         except OSError:
-            # A reset: the server closed with unread bytes, which is allowed.
+            # The connection was reset: the server closed it with unread bytes, which is allowed.
             outcomes["reset"] += 1
         reset(sock)
     return outcomes, hung
@@ -322,7 +322,7 @@ def to_server_by_many(port: int, count: int, seed: int) -> tuple[Counter[str], l
 def malformed(trial: Trial) -> None:
     seed = int(time.time())
     count = trial.size(1_000_000, 5_000)
-    # There are few topics of one byte; the server remembers topics.
+    # Use topics of one byte: there are few of them, and the server remembers topics.
     settings = {"max_age_seconds": 1, "max_topic_bytes": 1, "max_message_bytes": LARGEST, "request_timeout_seconds": 1}
     with victim(trial, allow_shutdown=False, **settings) as on:
         began = time.monotonic()

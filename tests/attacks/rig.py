@@ -62,7 +62,7 @@ class Trial:
         self._note(wanted, measured, None if self.quick else bool(ok))
 
     def at_once(self, wanted: str, measured: str, seconds: float) -> None:
-        """Record how long a client had to wait; a quick run allows more."""
+        """Record how long a client had to wait; a quick run allows longer waits."""
         self._note(wanted, measured, seconds < (SOON if self.quick else AT_ONCE_SECONDS))
 
     def state(self, about: str, measured: str) -> None:
@@ -193,7 +193,7 @@ def victim(
 
 
 def serve_time(daemon: Daemon) -> float:
-    """Return the time a new client takes to put and get a message; a very long time if it fails."""
+    """Return how long a new client takes to put and get a message; if it fails, a very long time."""
     began = time.monotonic()
     try:
         with daemon.client(retry=False, timeout=SOON) as mq:
@@ -277,8 +277,8 @@ def compare_latency(
 ) -> None:
     """Run an attack on the server and, as a control, on a sink; record the ratio of other clients' p99.
 
-    With few cores, the attacker alone slows others down. So the control, during which the server is idle, is the
-    baseline.
+    With few cores, the attacker alone slows others down, so the baseline is the control, during which the server is
+    idle.
     """
     if trial.quick and not in_quick:
         return

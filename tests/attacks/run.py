@@ -43,7 +43,7 @@ def run(name: str, *, quick: bool = False) -> Trial:
         ATTACKS[name](trial)
     finally:
         threading.excepthook = before
-    # Otherwise, an attack might pass because half of it never happened.
+    # Otherwise, an attack might pass although half of it never happened.
     trial.must("the attackers did not fail", "; ".join(died) or "none did", not died)
     return trial
 

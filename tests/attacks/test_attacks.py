@@ -1,4 +1,4 @@
-"""The attacks on a small scale, with all checks except those of latencies, which require a full run."""
+"""Runs the attacks on a small scale. Latencies are not checked, because that requires a full run."""
 
 from __future__ import annotations
 

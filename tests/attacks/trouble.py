@@ -53,7 +53,7 @@ class Writer:
                     name = type(error).__name__
                     self.refused[name] = self.refused.get(name, 0) + 1
                     self.refused_at = time.monotonic()
-                    # Don't use up the processor.
+                    # Leave some processor time to the server.
                     ended.wait(0.001)
 
 
@@ -73,7 +73,7 @@ class Reader:
             for topic in self.topics:
                 mq.seek(topic, 0)
             more, ending = True, False
-            # An empty read counts only after the last put.
+            # An empty read ends this only after the last put.
             while more or not ending:
                 ending = ended.is_set()
                 more = bool(sum(self._read(mq, topic) for topic in self.topics))
@@ -226,7 +226,7 @@ def stopped(trial: Trial) -> None:
         request = encode_request(b"PUT", b"t", b"in two halves")
         with on.scraper.paused(), dial(daemon.port) as half:
             reached(lambda: daemon.metric("dsmq_connections") == 3 * len(calls) + 1)
-            # Last, because its time limit starts when the server has received this much.
+            # This is sent last, because its time limit starts when the server has received this much.
             before = daemon.metric("dsmq_received_bytes_total")
             half.sendall(request[:10])
             reached(lambda: daemon.metric("dsmq_received_bytes_total") >= before + 10)
@@ -234,7 +234,7 @@ def stopped(trial: Trial) -> None:
             reached(lambda: daemon.state == "T")
             stop.wait()
             time.sleep(seconds)
-            # On a busy machine the calls may begin late.
+            # On a busy machine, the calls may begin late.
             reached(lambda: len(outcomes) >= len(calls))
             half.sendall(request[10:])
             daemon.signal(signal.SIGCONT)
@@ -352,7 +352,7 @@ def _have_fail(trial: Trial, on: Victim, fault: str, wanted: type[DSMQError]) ->
         reached(lambda: all(writer.stored for writer in writers))
         daemon.signal(signal.SIGUSR1)
         failed = reached(lambda: all(writer.refused for writer in writers))
-        # Long enough to fail repeatedly, in the expiry thread and in reads.
+        # Long enough for repeated failures in the expiry thread and in reads.
         time.sleep(trial.size(2, 0.2))
         daemon.signal(signal.SIGUSR2)
         at = time.monotonic()

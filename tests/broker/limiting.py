@@ -12,7 +12,7 @@ from dsmq.server import Server
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No client counts as slow, no matter how busy the machine is."""
+    """Count no client as slow, however busy the machine is."""
     monkeypatch.setattr(usage, "SLOW_SECONDS", 10 * SOON)
 
 

@@ -90,7 +90,7 @@ def test_reload_closes_all_connections_no_longer_admitted(files: Files, caplog: 
         assert wire.receive() is None
         assert wire.ended()
         connect(port=server.port, ca_file=files.ca).close()
-        # A defect changes nothing either.
+        # A defect changes nothing, either.
         settings["defect"] = True
         server.reload()
         assert "ZeroDivisionError" in caplog.text
@@ -117,7 +117,7 @@ def test_connection_accepted_during_reload_is_closed_by_the_new_rules(
             try:
                 assert accepted.wait(SOON)
                 settings |= {"tls_cert_file": files.server, "tls_client_ca_file": files.ca}
-                # The first event loop has accepted it, and the second does not know about it yet.
+                # The first event loop has accepted the connection, and the second does not know about it yet.
                 server.reload()
             finally:
                 go.set()

@@ -290,7 +290,7 @@ def test_cli_error_names_missing_option(tls_server: Server, tmp_path: Path) -> N
         assert done.stderr == b"dsmq: authentication required: --token-file FILE, or DSMQ_AUTH_TOKEN\n"
     port = ("--port", str(tls_server.port))
     assert b"does it require TLS (--tls)?" in run_dsmq("ping", *port).stderr
-    assert b"(--ca-file FILE names others to trust)" in run_dsmq("ping", *port, "--tls").stderr
+    assert b"(--ca-file FILE to trust another)" in run_dsmq("ping", *port, "--tls").stderr
     cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
     tool("openssl", "openssl")
     # As in the README.
@@ -306,7 +306,7 @@ def test_cli_error_names_missing_option(tls_server: Server, tmp_path: Path) -> N
 
 def test_ping_uses_server_configuration(tmp_path: Path, token_file: Path, files: Files) -> None:
     file = tmp_path / "dsmq.toml"
-    # The certificate is for a name other than the one used by a health check.
+    # The certificate is for a different name from the one that a health check uses.
     named = files.issue(trustme.CA(), "named", "dsmq.example.org")
     file.write_text(f'auth_token_file = "{token_file}"\ntls_cert_file = "{named}"\nhost = "0.0.0.0"')
     with daemon("--config", str(file)) as process:

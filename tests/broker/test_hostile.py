@@ -1,4 +1,4 @@
-"""Malformed input on real sockets: at most its own connection is closed, and no memory leaks."""
+"""Malformed input on real sockets closes at most its own connection, and leaks no memory."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_reset_during_request_affects_no_one(server: Server, wire: Wire) -> None
     for cut in range(0, len(request), 7):
         with wire_to(server) as bad:
             bad.send(request[:cut])
-            # SO_LINGER with time 0 makes closing a reset.
+            # With SO_LINGER and time 0, closing resets the connection.
             bad.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert wire.call("PING") == "PONG"
     assert server.status.counters().failures == 0
@@ -118,7 +118,7 @@ def test_memory_is_released_after_attacks() -> None:
                 for _ in range(100):
                     bad.send(bytes(1_000_000))
             except (BrokenPipeError, ConnectionResetError):
-                pass  # The server has hung up, as it should.
+                pass  # The server has closed the connection, as it should.
             bad.close()
         assert wire.call("PING") == "PONG"
         assert resident_kib(process) - before < 10_000

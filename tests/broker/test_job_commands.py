@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from conftest import SOON, Wire, serving, wait_until, wire_to
+from conftest import SOON, Wire, serving, wait_for_stored, wait_until, wire_to
 from dsmq.broker.connection import Connection
 from dsmq.broker.jobs import PendingTake, TakeQueues
 from dsmq.errors import ReplyError, StoreFailed
@@ -147,9 +147,10 @@ def test_job_of_another_epoch_is_refused(wire: Wire, server: Server, request_: s
     assert [code(one) for one in cast("list[object]", call(wire, "EXEC"))] == ["EPOCH"]
 
 
-def test_options_of_take_may_come_in_any_order(wire: Wire) -> None:
+def test_options_of_take_may_come_in_any_order(wire: Wire, server: Server) -> None:
     for body in "ab":
         wire.call("PUT", "t", body)
+    wait_for_stored(server, 2)
     assert ids(call(wire, "TAKE t w 60000 token x COUNT 2 wait 10")) == [1, 2]
     assert ids(call(wire, "TAKE t w 60000 COUNT 2 TOKEN x")) == [1, 2]
 
@@ -400,6 +401,7 @@ def test_stats_describe_the_groups_of_a_topic(wire: Wire, server: Server) -> Non
     assert not [name for name in pairs(wire.call("STATS", "t")) if ":" in name]
     for body in "abc":
         wire.call("PUT", "t", body)
+    wait_for_stored(server, 3)
     call(wire, "TAKE t workers 60000 COUNT 2")
     call(wire, "TAKE t* workers 60000")
     call(wire, "DONE t workers 1 1")

@@ -72,7 +72,7 @@ def test_asynchronous_store_blocks_connection_until_answer() -> None:
         assert wire.receive().code == "BADREQUEST"  # type: ignore[union-attr]
         assert [wire.receive(), wire.receive()] == [b"0", b"49"]
         assert [waiter.receive(), waiter.receive()] == [b"0", b"1"]
-        # Requests that waited for an earlier put ran twice, but count once.
+        # Requests that waited for an earlier put were run twice, but count once.
         counts = server.status.counters().commands
         assert [counts[name] for name in ("PUT", "GET", "GETLATEST", "GETWAIT")] == [51, 2, 1, 1]
 
@@ -123,7 +123,7 @@ def test_start_found_twice_begins_one_read() -> None:
     with serving(store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
         assert wire.call("PUT", "t", "x") == 1
         wire.send(encode_request(*b"MREAD LAST 1 WAIT 1 TOPICS t*".split()))
-        # Once at first, and again at the end of the wait.
+        # It is asked once at first, and again at the end of the wait.
         wait_until(lambda: len(store.starts) == 2)
         store.starts[0].set_result((0, 0))
         wait_until(lambda: len(store.fetched) == 1)
@@ -231,7 +231,7 @@ def test_wait_ends_with_message_found_by_late_store() -> None:
         wire.send(encode_request(b"GETWAIT", b"t", b"%d" % round(UNIT * 1000)))
         wait_until(lambda: len(store.reads) == 1)
         store.reads[0].set_result([])
-        # Once after it has registered for new messages, and once at the end of the wait.
+        # It is asked once after the reader has registered for new messages, and again at the end of the wait.
         wait_until(lambda: len(store.reads) == 2)
         store.reads[1].set_result([])
         wait_until(lambda: len(store.reads) == 3)
@@ -376,5 +376,5 @@ def test_idle_server_uses_no_processor() -> None:
             assert mq.get_wait("nothing", timeout=UNIT * 4) == ""
             return ticks() - before < UNIT * 4 * 100 / 4
 
-        # On a busy machine, what remains of the start may take long.
+        # On a busy machine, the rest of the start may take long.
         wait_until(is_idle)

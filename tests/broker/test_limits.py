@@ -96,7 +96,7 @@ def test_full_is_logged_once_at_beginning_and_end(
         for _ in range(3):
             while not isinstance(wire.call("PUT", "t", "x"), Full):
                 pass
-            # As the main thread does every second.
+            # The main thread does this every second.
             server._watch()
             expire_all(server)
         for _ in range(3):
@@ -255,7 +255,7 @@ def test_waiting_readers_over_limit_get_an_error() -> None:
         wait_for_stored(server, 1)
         assert late.call("GETWAIT", "other", 60_000) == b"y"
         assert late.error("GETWAIT", "t", 60_000) == "BUSY"
-        # It gets an error, and may make other requests.
+        # It gets an error, but may make other requests.
         assert late.call("PUT", "t", "x") == 2
         assert [wire.receive() for wire in waiting] == [b"x", b"x"]
         assert late.call("GET", "t") == b"x"
@@ -380,7 +380,7 @@ def test_unauthenticated_request_count_is_limited(request_: bytes, reply: str) -
         codes = [answer.code if isinstance(answer, ReplyError) else answer for answer in answers]
         assert codes == [reply] * 16 + ["NOAUTH"]
         assert wire.ended()
-        # The requests behind them have not even been parsed.
+        # The requests after them have not even been parsed.
         assert server.status.counters().requests == 17
 
 
@@ -395,7 +395,7 @@ def test_rejected_client_may_send_only_a_little_more(last: bytes) -> None:
         wire.send(last)
         while wire.socket.recv(1000):
             pass
-        # Closing at once would reset the connection, and the client might lose the reply.
+        # If the server closed at once, the connection would be reset, and the client might lose the reply.
         for _ in range(2):
             wire.send(b"x" * (MAX_DISCARDED_BYTES // 2))
             assert other.call("PING") == "PONG"
@@ -436,7 +436,7 @@ def test_total_unread_replies_are_bounded() -> None:
                     # Without a pause, this loop would hold the GIL for most of the time.
                     time.sleep(UNIT / 100)
                 assert all(isinstance(reply, list) for reply in done.result())
-        # Between two checks of the total, each event loop may exceed it by one connection's limit and one reply.
+        # Between two checks of the total, each event loop may exceed it by the limit of one connection plus one reply.
         assert most < 1_000_000 + 3 * (200_000 + MAX_READ_BYTES)
         wait_until(lambda: replies.total == 0)
         lazy[0].send(encode_request(b"READ", b"t", b"0") * 100)
@@ -538,7 +538,7 @@ def test_readers_at_the_same_position_share_a_reply(monkeypatch: pytest.MonkeyPa
         options = [[], [], [], [], ["COUNT", 1], ["LATEST"]]
         for topic, reader, at, words in zip("uuttuu", readers, after, options, strict=True):
             reader.send(encode_request(*[str(word).encode() for word in ("READ", topic, at, "WAIT", 60_000, *words)]))
-        # The first has its message at once.
+        # The first reader has its message at once.
         assert readers[0].receive()[3] == b"a" * size
         wait_until(lambda: server.status.waiting() == 5)
         made.clear()
@@ -572,7 +572,7 @@ def test_long_reply_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
         assert one.transport.data is made[0]
 
 
-# A request, and how many times it is pipelined: in one turn, all of them would take 40 ms or more.
+# A request, and how many times it is pipelined. In a single turn, all of them would take 40 ms or more.
 HEAVY = {
     "CONFIG GET": (encode_request(b"CONFIG", b"GET", *[b"*a*e*i*o*%d" % number for number in range(62)]), 200),
     "inline PING": (b"PING\r\n", 100_000),
@@ -609,11 +609,11 @@ def test_event_loop_turn_is_bounded_by_time(name: str, around_turns: AroundTurns
 
 
 def longest_turn(server: Server, wire: Wire, request: bytes, count: int, seconds: list[float]) -> float:
-    """Return the duration of the loop's longest turn while it answers a pipeline; all durations go to `seconds`."""
+    """Return the duration of the longest turn while the loop answers a pipeline; add all durations to `seconds`."""
     seconds.clear()
     wire.send(request * count)
     for _ in range(count):
         wire.receive()
-    # Now the turn that sent the last reply has ended.
+    # By now, the turn that sent the last reply has ended.
     with blocked(server):
         return max(seconds)

@@ -27,7 +27,7 @@ from dsmq.server import Server
 
 
 def test_name_with_several_addresses_listens_on_each_usable_one(resolve: Resolve) -> None:
-    # The first is not an address of this machine, like ::1 without IPv6.
+    # The first is not an address of this machine, as ::1 would not be without IPv6.
     resolve("several", "192.0.2.1", "127.0.0.1", "127.0.0.2")
     with serving(host="several", http_host="several", http_port=0) as server:
         assert server.addresses == [f"127.0.0.1:{server.port}", f"127.0.0.2:{server.port}"]
@@ -195,7 +195,7 @@ def forked_without_hooks() -> Iterator[None]:
     The child runs no Python, because other threads may have held locks of the interpreter.
     """
     libc = ctypes.PyDLL(None)
-    # So that no other thread is waiting for the GIL, which it would request in the child.
+    # No other thread may be waiting for the GIL, because it would request the GIL in the child.
     time.sleep(UNIT / 20)
     child = libc.fork()
     if not child:

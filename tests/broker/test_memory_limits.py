@@ -114,7 +114,7 @@ def test_reply_over_total_limit_waits_for_others_to_read() -> None:
             assert other.call("READ", "short", 0)[3] == b"y"  # type: ignore[index]
         assert len(replies.queue) >= 2
         replies.drop(somebody)
-        # The wait is over, but there were messages all along.
+        # The time of the wait is over, but there were messages all along.
         assert [len(wire.receive()[3]) for wire in (reader, waiter)] == [900_000] * 2  # type: ignore[index,arg-type]
         assert all(isinstance(writer.receive(), list) for _ in range(9))
         wait_until(lambda: replies.total == 0 and not replies.queue)
@@ -122,7 +122,7 @@ def test_reply_over_total_limit_waits_for_others_to_read() -> None:
 
 @contextmanager
 def little_room(server: Server) -> Iterator[None]:
-    """Let the reply to the one request sent meanwhile wait until there is room for it, at the end."""
+    """Within the block, one request may be sent, whose reply waits for room until the end of the block."""
     replies, somebody = server.context.usage.replies, Mock(Connection)
     replies.add(somebody, replies.limit - 500_000)
     yield
@@ -174,7 +174,7 @@ def test_largest_nonreading_client_is_dropped_to_make_room(tmp_path: Path) -> No
         wait_until(lambda: replies.total > 1_700_000)
         held = {connection.id: size for connection, size in replies.largest()}
         assert len(reader.call("READ", "t", 0)[3]) == 900_000  # type: ignore[index,arg-type]
-        # Whether dropping one is enough depends on how soon the reader reads; the largest is dropped first.
+        # Whether it is enough to drop one depends on how soon the reader reads; the largest is dropped first.
         largest = max(held, key=lambda number: held[number])
         wait_until(lambda: largest not in {connection.id for connection in loop_of(server).connections})
 
@@ -193,7 +193,7 @@ def test_transaction_replies_count_towards_total(tmp_path: Path) -> None:
         replies = server.context.usage.replies
         wait_until(lambda: len(replies.queue) >= 8)
         assert 1_000_000 < replies.total <= 3_000_000
-        # All at once: any of them may be the ones that the others wait for.
+        # Read from all at once, because the others may be waiting for any of them.
         with ThreadPoolExecutor(len(readers)) as pool:
             for ok, queued, results in pool.map(lambda reader: [reader.receive() for _ in range(3)], readers):
                 assert (ok, queued, len(results[0][3])) == ("OK", "QUEUED", 1_000_000)  # type: ignore[arg-type, index]
@@ -286,7 +286,7 @@ def test_largest_partial_requests_are_dropped_to_unblock_the_first() -> None:
     budget.add(other, 500_000)
     for holder in (first, small, large):
         assert not budget.claim_in_turn(holder, 500_000, 1.0)
-    # Connections that do not wait will be done.
+    # Connections that do not wait will finish.
     assert budget.blockers() == []
     budget.add(small, 1)
     assert budget.blockers() == [large]
@@ -315,13 +315,13 @@ def test_partial_requests_do_not_deadlock_on_memory() -> None:
         long = encode_request(b"PUT", b"t", b"x" * 900_000)
         for holder in holders:
             holder.send(long[:5000])
-        # All wait, so one is dropped, and another gets room.
+        # All of them wait, so one is dropped, and another gets room.
         wait_until(lambda: budget.total > 900_000)
 
 
 def test_reading_client_is_not_dropped_to_make_room() -> None:
     with serving(max_unread_reply_bytes=1024) as server, wire_to(server) as wire:
-        # As if other connections used up the rest.
+        # Pretend that other connections use up the rest.
         server.context.usage.requests.limit = 20_000
         wire.send(encode_request(b"ECHO", b"x" * 1100) * 100)
         assert [wire.receive() for _ in range(100)] == [b"x" * 1100] * 100
@@ -339,7 +339,7 @@ def test_parsed_requests_count_by_memory_used() -> None:
 @pytest.mark.parametrize("many", [False, True])
 def test_stalled_request_is_dropped_to_make_room(many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def largest(budget: Budget) -> list[tuple[Connection, int]]:
-        # Sorting thousands of them would take longer than the event loop may spend on closing them in a turn.
+        # Sorting thousands of them would take longer than the event loop may spend in one turn on closing them.
         time.sleep(4 * worker.MOST_SLICE_SECONDS)
         return sort(budget)
 
@@ -434,5 +434,5 @@ def test_slow_steady_reader_is_not_dropped() -> None:
             data = wire.socket.recv(16_384)
             assert data, f"dropped after {got} bytes"
             got += len(data)
-            # In total for longer than reply_timeout_seconds.
+            # In total, this takes longer than reply_timeout_seconds.
             time.sleep(max(0.0, began + 25 * UNIT * got / 6_000_000 - time.monotonic()))

@@ -39,7 +39,7 @@ def filled(request: pytest.FixtureRequest, wire: Wire, monkeypatch: pytest.Monke
     monkeypatch.setattr(scan, "SCAN_SECONDS", request.param)
     for topic, body in (("a/1", "x"), ("b", "y"), ("a/2", "z"), ("c", "w")):
         wire.call("PUT", topic, body)
-    # A store that copies messages later now has the last one, and so all of them.
+    # A store that copies messages with a delay now has the last one, and thus all of them.
     assert wire.call("READ", "c", 0)
     return wire
 
@@ -232,7 +232,7 @@ def test_waiting_pattern_is_found_while_unused_ones_are_dropped(monkeypatch: pyt
 
     class Index(PatternIndex):
         def __init__(self, *arguments: Any) -> None:
-            # Other threads may ask at any time.
+            # Other threads may call this at any time.
             found.append(patterns.may_match(b"topic"))
             super().__init__(*arguments)
 
@@ -316,5 +316,5 @@ def test_many_waiting_patterns_take_little_memory_and_time() -> None:
             woken += patterns.match_some()
             steps += 1
         assert woken == [connections[at % 100]]
-        # Only patterns with the beginning of the topic are tried.
+        # Only patterns that begin like the topic are tried.
         assert steps <= 3

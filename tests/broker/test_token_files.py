@@ -1,4 +1,4 @@
-"""Tokens in files and settings, which appear nowhere else."""
+"""Tokens in files and settings, which must appear nowhere else."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def test_duplicate_put_replies_first_id_and_forgotten_one_aborts(server: Server,
     )
     assert isinstance(replies, list)
     assert (replies[:2], replies[2][3::5], replies[3]) == ([1, 3], [b"x", b"y"], 3)
-    # Enough later puts of this producer to make the server forget the first ones.
+    # Put often enough to make the server forget this producer's first puts.
     for first in (1000, 2000, 3000):
         puts = [encode_request(b"PUT", b"t", b"x", b"KEY", b"me", b"%d" % seq) for seq in range(first, first + 1000)]
         wire.send(b"".join(puts))

@@ -14,7 +14,7 @@ from chaos.history import Broken, Died, Empty, Event, Got, Held, History, Put, R
 
 # After a snapshot that is not from a clean shutdown, ids continue this far beyond it.
 RESTORE_GAP = 2**32
-# How much too early a wait may end because of rounding to milliseconds.
+# How much too early a wait may end, because times are rounded to milliseconds.
 WAIT_SLACK_SECONDS = 0.05
 AGE_SLACK_SECONDS = 0.1
 
@@ -89,7 +89,7 @@ class Check:
     # Contents of the store
 
     def _strange_reads(self) -> Iterator[Violation]:
-        """Every message read was put into that topic, and its put did not report it as not stored."""
+        """Every message read was put into that topic, and its put did not report that it was not stored."""
         for got in self.history.of(Got):
             put = self.puts.get(got.body)
             if put is None or put.topic != got.topic or got.ended < put.began:
@@ -161,7 +161,7 @@ class Check:
         """Return the losses that may include a put that has returned."""
         epochs = self._epochs_of(put.body)
         for loss in self.losses:
-            # Its reply may have been read only after the server was killed.
+            # The client may have read the reply only after the server was killed.
             if put.began < loss.server.ended and loss.server.epoch in epochs and loss.takes(_id(put)):
                 return loss
         return None
@@ -182,7 +182,7 @@ class Check:
         for held in self.history.of(Held):
             first = views.setdefault(held.topic, held)
             if first.server == held.server:
-                # The same server again: a new audit begins.
+                # The same server again, so a new audit begins.
                 views[held.topic] = held
                 yield from _holes(held)
                 yield from self._contents(held)
@@ -247,7 +247,7 @@ class Check:
                 yield Violation("read twice", "a reader got a message twice", (first[got.body], got))
 
     def _order_of_reads(self, gots: list[Got]) -> Iterator[Violation]:
-        """Ids increase within an epoch. Because each belongs to one message, all readers see the same order."""
+        """Ids increase within an epoch. Each id belongs to one message, so all readers see the same order."""
         last: dict[str, tuple[int, int, Got]] = {}
         for got in gots:
             message_id = self.ids.get(got.body)
@@ -279,7 +279,7 @@ class Check:
         return self.epochs.index(epoch) > self.epochs.index(than)
 
     def _due(self, reader: Reader, topic: str) -> list[tuple[Put, float]]:
-        """Return the puts that a reader must see, each with the start of the call that got it, or infinity."""
+        """Return the puts that a reader must see, each with the start of the call that returned it, or infinity."""
         gots = self.gots[reader.name, topic]
         taken = {got.body: got.began for got in gots}
         latest = [(got.began, self.ids.get(got.body, 0)) for got in gots if got.latest]
@@ -306,7 +306,7 @@ class Check:
                 yield Violation("unread", "a reader never got a message", (reader, put))
 
     def _excused(self, reader: Reader, topic: str, missing: list[Put]) -> set[str]:
-        """Return messages that interrupted reads may have consumed: at their position, up to their count."""
+        """Return the messages that interrupted reads may have consumed: at their position, up to their count."""
         excused: set[str] = set()
         gots = [(got.began, self.ids[got.body]) for got in self.gots[reader.name, topic] if got.body in self.ids]
         for call in self.broken:
@@ -318,7 +318,7 @@ class Check:
         return excused
 
     def _empty(self, reader: Reader, topic: str) -> Iterator[Violation]:
-        """A read returned no message although one had been put before its wait ended."""
+        """A read returned no message, although one had been put before its wait ended."""
         empties = self.empties[reader.name, topic]
         due = sorted(self._due(reader, topic), key=lambda one: one[0].ended) if empties else []
         ended = [put.ended for put, _ in due]

@@ -41,7 +41,7 @@ class Stop(Protocol):
 
 
 class StopFile:
-    """A stop event for processes: the existence of a file, which works no matter how they are interrupted."""
+    """A stop event for processes: the existence of a file, which works however they are interrupted."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -68,9 +68,9 @@ class Job:
     pause: float = 0.01
     """Pause between puts, in seconds."""
     catches_up: bool = False
-    """Whether delayed puts are caught up on, so that the pause holds on average."""
+    """Whether to catch up on delayed puts, so that the pause holds on average."""
     size: int = 20
-    """Message size in bytes, not counting the part that makes the message unique."""
+    """Message size in bytes, without the part that makes the message unique."""
     verbs: tuple[str, ...] = ("read", "get", "get_wait", "get_many", "read_wait")
     step: int = 1
     """Distance between the lines at which a call is interrupted."""
@@ -117,7 +117,7 @@ class Calls:
 
 
 class TracedCalls(Calls):
-    """Calls interrupted before a given line of dsmq's code."""
+    """Calls that are interrupted before a given line of dsmq's code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class Writer:
             began, ended, ids, error = self.calls.run(lambda: mq.put_many(topic, bodies))
         fields = [{"id": one} for one in ids] if ids is not None else [error_fields(error)] * count if error else []
         if count > 1 and error:
-            # This concerns the failed one; those before it are stored.
+            # This is about the put that failed; those before it are stored.
             fields = [{**one, "may_be_stored": True} for one in fields]
         puts = [Put(self.job.name, topic, body, began, ended) for body in bodies]
         self.history.add(*(replace(put, **one) for put, one in zip(puts, fields, strict=True)))
@@ -237,7 +237,7 @@ class Reading:
         }
         began, ended, found, error = self.calls.run(verbs[verb])
         if error is not None or found is None:
-            # A message on its way from the client to its caller can't be given back.
+            # A message that is on its way from the client to its caller can't be given back.
             at_most = {"get": 1, "get_wait": 1, "get_latest": ALL}.get(verb, count)
             interrupted = isinstance(error, KeyboardInterrupt)
             about = INTERRUPTED if interrupted else f"{type(error).__name__}: {error}"
@@ -348,7 +348,7 @@ def fork_in_the_middle(orders: Orders, history: History, calls: Calls) -> Histor
 
 
 def interrupted_at_every_line(orders: Orders, history: History, calls: Calls) -> History:
-    """Interrupt each method at one line after another; after each interrupt, read the following messages."""
+    """Interrupt each method at one line after another; after each interrupt, read the messages that follow."""
     end, job = StopFile(orders.stop_reading), orders.job
     with connect(HOST, job.port, **job.options) as mq, connect(HOST, job.port) as other:
         traced = TracedCalls()

@@ -106,7 +106,7 @@ class Cluster:
 
     @property
     def server(self) -> Server:
-        """What the checker knows of the servers."""
+        """What the checker knows about the servers."""
         return self._life
 
     @property
@@ -174,7 +174,7 @@ class Cluster:
 
     @contextmanager
     def partition(self, node: Node, server: int | None = None) -> Iterator[None]:
-        """Cut a node off from the others; if a server is given, it stays with the node, and the other one does not."""
+        """Cut a node off from the others; if a server is given, only that one stays connected to the node."""
         at = self.engine.nodes.index(node)
         links = [
             link

@@ -1,4 +1,4 @@
-"""Faults in two servers that share a store, and in the three NATS nodes that keep it."""
+"""Faults in two servers that share a store, and in its three NATS nodes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def kill_node(stage: Stage, cluster: Cluster, *, leader: bool) -> None:
 
 
 def nodes_frozen(stage: Stage) -> None:
-    """The leader, then a follower, is suspended, for less and for more time than an election takes."""
+    """First the leader, then a follower, is suspended, for less and for more time than an election takes."""
     cluster = stage.cluster()
     with crowd(stage, cluster):
         for seconds in stage.size((4, 16), (3,)):
@@ -146,7 +146,8 @@ def partitioned(stage: Stage) -> None:
 def stale_leader(stage: Stage) -> None:
     """Readers can reach only a server that can reach only the leader, which is cut off from messages stored then.
 
-    The leader counts puts that it can't store, and reads would wait for them, so no puts are under way at first.
+    At first, no puts are in flight, because the leader would count puts that it can't store, and reads would wait for
+    them.
     """
     cluster = stage.cluster(behind_proxies=True, partitions=True)
     stage.read_may_raise = lambda error: ENGINE_SILENT in error
@@ -282,12 +283,12 @@ def moves(stage: Stage) -> None:
 
 
 def forgetful_engine(stage: Stage) -> None:
-    """The same with an engine that forgets puts at once: then the servers' mirrors recognise them."""
+    """The same with an engine that forgets puts at once, so that the servers' mirrors have to recognise them."""
     _move(stage, stage.cluster(**({} if stage.mutant else {"words": FORGETFUL})), seconds=1.5)
 
 
 def _move(stage: Stage, cluster: Cluster, seconds: float = 0.0) -> None:
-    """`seconds`: how long some replies are late, and how long clients wait for them."""
+    """`seconds`: how late some replies are, and how long clients wait for them."""
     proxies = [stage.proxy(port) for port in cluster.ports]
     job = Job("", 0, pause=0.002, options={"timeout": seconds or 10.0})
     with ExitStack() as stack:

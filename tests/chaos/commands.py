@@ -21,7 +21,7 @@ def main() -> int:
         os.write(file, (json.dumps(about | event) + "\n").encode())
 
     now = time.monotonic()
-    # Its lease began earlier, and is extended: until when the job is held, is unknown.
+    # Its lease began earlier, and is extended, so it is unknown until when the job is held.
     times = {"began": now, "sent": now, "ended": now, "lease": 0.0}
     record(kind="Taken", token=f"{name} {now}", topic=os.environ["DSMQ_TOPIC_NAME"], **times)
     time.sleep(random.uniform(0, WORK_SECONDS))

@@ -1,4 +1,4 @@
-"""Measures restarts, resets, the pause during a restart, and the costs of keys and snapshots."""
+"""Measures restarts, resets, the pause during a restart, and the cost of keys and snapshots."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def judged(name: str, play: Callable[[Stage], None], seed: int) -> Figure:
 
 
 def pause(seed: int) -> Figure:
-    """Measure the longest a client is blocked while a server with many messages restarts."""
+    """Measure how long a client is blocked at most while a server with many messages restarts."""
     with Stage("pause", seed, quick=False) as stage:
         start = statistics.median(_start_seconds() for _ in range(5))
         lives = stage.lives(snapshot=True)
@@ -92,7 +92,7 @@ def pause(seed: int) -> Figure:
 
 
 def _start_seconds() -> float:
-    """Measure the start of a server without messages until it accepts connections."""
+    """Measure how long a server without messages takes to accept connections."""
     began = time.monotonic()
     with closing(Daemon()):
         return time.monotonic() - began

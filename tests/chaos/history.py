@@ -212,7 +212,7 @@ class History:
 
     max_age: float = 600.0
     has_holes: bool = False
-    """Whether connections may go silent, so that the server continues to serve them."""
+    """Whether connections may go silent without the server noticing."""
     max_attempts: float = math.inf
     events: list[Event] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)

@@ -65,7 +65,7 @@ class Peer:
 
     def close(self) -> None:
         self._connection.disconnect()
-        # If several servers share a store, the next one.
+        # If several servers share a store, try the next one.
         self._connection.port = next(self._ports)
         self._is_new = True
 

@@ -9,7 +9,7 @@ import sys
 from dsmq.__main__ import main
 
 FIRST_DESCRIPTOR = 3
-# Above the descriptors to which they are moved.
+# Above the descriptors that they will be moved to.
 SPARE_DESCRIPTOR = 10
 
 if __name__ == "__main__":

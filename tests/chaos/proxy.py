@@ -223,7 +223,7 @@ class Proxy:
     def _run(self) -> None:
         while not self._ended:
             ready = self._select()
-            # Before the orders are taken, so that one given afterwards wakes the selector again.
+            # Done before taking the orders, so that a later one wakes the selector again.
             with contextlib.suppress(BlockingIOError):
                 while self._wakeup.recv(100):
                     pass

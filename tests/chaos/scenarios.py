@@ -192,7 +192,7 @@ def _kill(stage: Stage, lives: Lives) -> None:
 
 def kill_once(stage: Stage, lives: Lives, proxy: Proxy) -> None:
     stage.fault("kill")
-    # So that the state of the next life is recorded before the first put.
+    # The state of the next life must be recorded before the first put.
     proxy.refuse(True)
     lives.kill()
     lives.start()
@@ -305,7 +305,7 @@ def at(lives: Lives, job: Job = FAST) -> Job:
 
 
 def threads(stage: Stage) -> None:
-    """Threads share a client, and each message goes to one of them, while connections are reset."""
+    """Threads share a client, so each message goes to one of them, while connections are reset."""
     lives = stage.lives()
     proxy = stage.proxy(lives.port)
     with stage.crowd(proxy.port, readers=1, redis=False), shared_reader(stage, proxy.port, 4):

@@ -24,7 +24,7 @@ LOOK_SECONDS = 0.003
 
 
 def free_port() -> int:
-    """Return a port that no outgoing connection uses while the server is down."""
+    """Return a port that no outgoing connection can take while the server is down."""
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
         port = random.SystemRandom().randrange(min(10_000, lowest // 2), lowest)
@@ -75,7 +75,7 @@ class Snapshots:
         looked, begun = time.monotonic(), None
         while not self._ended.wait(LOOK_SECONDS):
             now = time.monotonic()
-            # A new snapshot is written to a file beside the old one, and replaces it when complete.
+            # A new snapshot is written to a file next to the old one, and replaces that when complete.
             begun = (begun or looked) if self._new.exists() else begun
             if (stamp := self._stamp()) != known:
                 self.kept_until, known, begun = begun or looked, stamp, None

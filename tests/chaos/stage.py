@@ -70,10 +70,10 @@ class Stage:
     seed: int
     quick: bool
     may_raise: Callable[[Put], bool] = lambda _: False
-    """Whether a put may raise."""
+    """Return whether a put may raise."""
     reads_may_raise: bool = False
     read_may_raise: Callable[[str], bool] = lambda _: False
-    """Whether a read may raise this error."""
+    """Return whether a read may raise this error."""
     mutant: str = ""
     """The server's deliberate defect, if any."""
     faults: Counter[str] = field(default_factory=Counter)
@@ -99,7 +99,7 @@ class Stage:
         return quick if self.quick else full
 
     def lives(self, *, changes: tuple[str, ...] = (), **settings: Any) -> Lives:
-        """Start a server; `changes` are functions of `mutants` that are no defects."""
+        """Start a server; `changes` are functions of `mutants` that are not defects."""
         if changes or self.mutant:
             settings["words"] = (sys.executable, str(MUTANTS), *changes, *filter(None, [self.mutant]))
         lives = Lives(self.history, self.folder, **settings)
@@ -122,7 +122,7 @@ class Stage:
         return proxy
 
     def pause(self, full: float, quick: float) -> None:
-        """Let the clients work for some seconds."""
+        """Let the clients work for a number of seconds."""
         time.sleep(self.size(full, quick))
 
     def wait_until(self, condition: Callable[[], bool]) -> None:

@@ -104,7 +104,7 @@ class Tasks:
         found, error = await self._call(mq.read(topic, count, timeout=timeout), job, chance)
         ended = time.monotonic()
         if error is not None or found is None:
-            # A cancelled task has consumed nothing: nothing can arrive between its last wait and its return.
+            # A cancelled task has consumed nothing, because nothing can arrive between its last wait and its return.
             about = INTERRUPTED if isinstance(error, KeyboardInterrupt) else repr(error)
             self._history.add(Broken(job.name, topic, began, ended, about))
             return 0
@@ -117,7 +117,7 @@ class Tasks:
 
 @contextmanager
 def crowd(stage: Stage, port: int) -> Iterator[None]:
-    """Run these clients beside the others."""
+    """Run these clients alongside the others."""
     tasks = Tasks(stage, port)
     client = Client("tasks", stage.history, tasks.run)
     client.start()

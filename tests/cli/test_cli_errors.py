@@ -113,7 +113,7 @@ def test_unix_socket_is_removed_on_stop(tmp_path: Path) -> None:
             "did you mean --help?; to begin a message with --, write -- before it",
         ),
         ("put t --prot 1", "did you mean --port?"),
-        ("--port 1 put t x", "'--port' is before the command; options follow it: dsmq put --port ..."),
+        ("--port 1 put t x", "'--port' must follow the command: dsmq put --port ..."),
         ("--verison", "unknown argument '--verison'; did you mean --version?"),
         ("serv", "unknown command 'serv'; did you mean serve?"),
         ("stats t -- --json", "unknown argument '--json'; after --, there are no options"),

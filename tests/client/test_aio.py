@@ -482,7 +482,7 @@ def test_put_cancelled_anywhere_is_stored_at_most_once(server: Server, count: in
 
 
 class Interrupt:
-    """Raises before the n-th line of dsmq in a coroutine that does not wait, as a signal handler may."""
+    """Raises before the n-th line of dsmq in a coroutine that does not wait, like a signal handler."""
 
     def __init__(self, line: int) -> None:
         self.left = line

@@ -42,7 +42,7 @@ class Proxy:
 
     async def __aenter__(self) -> Self:
         listener = socket.create_server(("127.0.0.1", 0))
-        # A small buffer, so that little of what clients send waits in the proxy.
+        # A small buffer, so that the proxy holds little of what clients send.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
         self._listener = await asyncio.start_server(self._accept, sock=listener)
         self.port = listener.getsockname()[1]

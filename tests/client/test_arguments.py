@@ -1,4 +1,4 @@
-"""Invalid arguments: both clients refuse them with the same clear errors, before anything is sent."""
+"""Both clients refuse invalid arguments with the same clear errors, before anything is sent."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def test_waiting_uses_no_processor(client: MakeClient) -> None:
         assert mq.get_wait("nothing", timeout=UNIT * 3) == ""
         return time.thread_time() - before < UNIT * 3 / 4
 
-    # A garbage collection may take as long.
+    # A garbage collection may take this long.
     wait_until(is_idle)
 
 
@@ -279,7 +279,7 @@ def test_put_many_and_get_many(client: MakeClient) -> None:
 def test_put_many_accepts_slow_generator(server: Server) -> None:
     def slowly(release: threading.Event) -> Iterator[str]:
         time.sleep(2 * _LONG_BATCH_SECONDS)
-        # This one is sent at once, but its reply arrives only after the timeout.
+        # This message is sent at once, but its reply arrives only after the timeout.
         yield "1"
         time.sleep(22 * UNIT)
         threading.Timer(UNIT, release.set).start()
@@ -643,7 +643,7 @@ def test_trickling_reply_extends_timeout(end: bytes) -> None:
             for data in (b":", *[b"1"] * 9, end):
                 sock.sendall(data)
                 time.sleep(3 * UNIT)
-            # When nothing more arrives, the client disconnects.
+            # When no more bytes arrive, the client disconnects.
             assert sock.recv(1) == b""
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -665,7 +665,7 @@ def test_trickling_reply_extends_timeout(end: bytes) -> None:
 
 @contextmanager
 def fake_server(*replies: bytes) -> Iterator[int]:
-    """A listener that sends a reply after each receive, and then hangs up."""
+    """A listener that sends a reply after each receive, and then closes the connection."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def answer() -> None:

@@ -1,4 +1,4 @@
-"""Message objects: their text, JSON, and the metadata that comes with them."""
+"""Message objects: their text, JSON and metadata."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Asynchronous:
 
 @pytest.fixture(params=["blocking", "asyncio"])
 def reader(request: pytest.FixtureRequest, server: Server) -> Iterator[Callable[..., Any]]:
-    """Connects clients of either kind."""
+    """Connects clients of both kinds."""
     clients: list[Any] = []
 
     def make(**options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The messages of one topic at a client, without a server: order, missed and given back messages, restarts."""
+"""A client's reader of one topic, without a server: order, missed and given back messages, restarts."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ def test_read_ahead_is_fresh_for_a_second(client_clock: ClientClock) -> None:
     client_clock.passed = 1.001
     assert take(reader) == []
     assert reader.asked()[1] == 1
-    # With another rule, they may live longer or shorter.
+    # Under another rule, they may live longer or shorter.
     accept(reader, entries(3))
     assert (take(reader), reader.missed) == ([3], 1)
 
@@ -593,7 +593,7 @@ def test_new_epoch_is_not_read_after_an_old_id(client_clock: ClientClock) -> Non
     assert take(reader) == []
     follow(reader, "two", b"third")
     assert reader.asked()[1] == reader.asked_for_latest()[1] == 0
-    # The request of a call that was under way.
+    # The request of a call that was in progress.
     assert accept(reader, entries(1, 2))
     assert [take(reader), take(reader)] == [[13], []]
     accept(reader, entries(1, 2))
@@ -620,7 +620,7 @@ def test_new_epoch_drops_given_back_messages(client_clock: ClientClock) -> None:
         # The messages read last were lost, so their numbers are used again.
         ([(1, 1), (2, 2), (3, 3)], 2, 2, 4, 1),
         ([(1, 1), (2, 2), (3, 3)], 2, 2, 3, 0),
-        # The topic is unknown, although the snapshot is newer: its numbers were forgotten.
+        # The topic is unknown although the snapshot is newer, because its numbers were forgotten.
         ([(1, 1), (2, 2), (3, 3)], 5, 0, 5, 4),
         # The topic was forgotten after the snapshot, which remembers it.
         ([(8, 1)], 5, 4, 6, 1),
@@ -696,7 +696,7 @@ class Model:
     def expire(self) -> None:
         alive = [one for one in self.stored if one not in self.expired]
         self.expired.update(alive[: self.chance.randint(0, 2)])
-        # So that messages that have expired in the model are not returned.
+        # Messages that have expired in the model must not be returned.
         self.clock.passed += 1.5
 
     def reply(self, after: int, count: int = 3) -> list[Entry]:

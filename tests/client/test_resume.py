@@ -98,7 +98,7 @@ def test_reads_are_retried(
         got.append(call())
     assert got[:3] == ["1", "2", ""]
     assert got[3] == [("t", 2, 2)]
-    # The second message had been read ahead, so the lost reply was that for the third.
+    # The second message had been read ahead, so the lost reply was the one for the third.
     assert states == ["lost", "resumed"] * 4
 
 
@@ -178,7 +178,7 @@ def test_lost_and_restored_connection_is_logged_once(
 def test_put_is_answered_while_next_message_is_slow(
     server: Server, mq: DSMQClientSideConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The connection breaks meanwhile, when it is already too late to send the first message again."""
+    """The connection breaks when it is too late to send the first message again."""
 
     def messages() -> Iterator[str]:
         time.sleep(2 * calls._LONG_BATCH_SECONDS)

@@ -119,7 +119,7 @@ def test_clients_spread_over_the_servers(pair: list[Daemon]) -> None:
     with ExitStack() as stack:
         for _ in range(20):
             stack.enter_context(connect(addresses(pair)))
-        # By chance, all would be at one server once in half a million runs.
+        # The chance that all choose the same server is one in half a million.
         assert all(server.metric("dsmq_connections") >= 1 for server in pair)
 
 

@@ -276,7 +276,7 @@ def test_topic_is_forgotten_once_all_its_messages_expired(client_clock: ClientCl
         session.keep(session.reader("busy"))
         for number in range(wire._MIN_READERS - 2):
             session.reader(f"{seconds} {number}")
-        # Messages are kept for 500 seconds now, as this one shows.
+        # This message shows that messages are now kept for 500 seconds.
         session.entries([20, 1, 100_000, b"x", 400_000])
     assert (session.reader("silent").position[1], session.reader("busy").position[1], session.missed) == (10, 13, 2)
 

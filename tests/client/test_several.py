@@ -108,7 +108,7 @@ def test_expired_read_ahead_without_successors_is_missed(peer: Peer, client_cloc
     client_clock.passed += 10.0
     assert peer.take() == []
     assert not peer.fetch()
-    # Nothing was read of c before.
+    # Nothing was read from c before.
     assert peer.missed() == (3, [1, 2, 0])
     for topic in "cab":
         peer.put(topic)
@@ -135,7 +135,7 @@ def test_seek_back_begins_where_server_says(peer: Peer, client_clock: ClientCloc
     asked = peer.reader.asked()
     assert asked[0].back == (b"LAST", 2)
     peer.reader.accept(asked, *peer.found(3, 100))
-    # After a while, the read-ahead is read again, from the same message on.
+    # After a while, the read-ahead is fetched again, starting with the same message.
     client_clock.passed += 10.0
     assert peer.take() == []
     assert peer.reader.asked()[1] == 3
@@ -160,7 +160,7 @@ def test_since_omits_only_messages_put_before_the_time(peer: Peer, client_clock:
     client_clock.passed += 0.5
     peer.reader.seek(0, back=(b"SINCE", client_clock.boot_time()))
     asked = peer.reader.asked()
-    # Requested with a margin: all messages.
+    # The request has a margin, so it returns all messages.
     older = peer.found(0, 100)[0][0]._replace(put_at=client_clock.boot_time() - 0.5)
     assert peer.reader.accept(asked, [older], 1)
     assert peer.take() == []
@@ -261,6 +261,6 @@ def test_each_message_is_returned_once_or_counted_as_missed(peer: Peer, client_c
     for topic in TOPICS:
         numbers = [number for name, number in returned if name == topic]
         assert numbers[-1] == peer.numbers[topic]
-        # Counted from the first message taken, even if it was given back and expired.
+        # Counting starts with the first message taken, even if it was given back and has expired.
         expected.append(numbers[-1] - first.get(topic, numbers[0]) + 1 - len(numbers))
     assert peer.missed() == (sum(expected), expected)

@@ -70,7 +70,7 @@ class Steps:
 
 
 def _is_returning(frame: FrameType) -> bool:
-    """Whether a function is about to return: Python never runs a handler right before that."""
+    """Return whether a function is about to return: right before that, Python never runs a handler."""
     return frame.f_trace_opcodes and frame.f_code.co_code[frame.f_lasti] == RETURN_VALUE
 
 
@@ -284,7 +284,7 @@ def test_real_signals_lose_nothing(server: Server, writer: Client, calls: bool) 
             while len(got) + len(handled) + interrupted < len(sent):
                 try:
                     is_armed = True
-                    # Nothing but this line is between the return and the list.
+                    # Only this line is between the return and the list.
                     message = mq.get("t")
                     is_armed = False
                 except Interrupted:
@@ -299,7 +299,7 @@ def test_real_signals_lose_nothing(server: Server, writer: Client, calls: bool) 
         is_over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    # Each signal may lose one message, between the client and its caller.
+    # Each signal may lose one message on its way from the client to its caller.
     assert len({*got, *handled}) == len(got) + len(handled)
     if calls:
         assert sorted(got + handled, key=int) == sent

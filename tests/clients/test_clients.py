@@ -35,7 +35,7 @@ def check_in_step(program: Program) -> None:
         answer = program.call("ECHO", number)
         if answer == f"= {number}":
             break
-        # Each library has its own errors for a broken connection; none may come from the server.
+        # Each library has its own errors for a broken connection; no error may come from the server.
         assert answer[0] == "!"
         assert "CLOSING" not in answer
     assert [program.call("ECHO", word) for word in "abc"] == ["= a", "= b", "= c"]
@@ -125,7 +125,7 @@ def test_exactly_once_over_restarts(library: Library, tmp_path: Path) -> None:
         with library.running(server.port) as reader, library.running(server.port) as writer:
             reader.tell("read", "t")
             writer.tell("write", "t", 1, MANY)
-            # The same run again, another run, another epoch.
+            # The server restarts in the same run, in another run, and in another epoch.
             for end in Daemon.stop, kill, kill_and_forget:
                 enough = min(len(writer.said) + MANY // 10, MANY)
                 wait_until(lambda enough=enough: len(writer.said) >= enough)

@@ -1,6 +1,6 @@
 """A Debian container with systemd as PID 1, run by systemd-nspawn, for the tests of the units.
 
-It has its own network, with loopback only, and writes to memory only. As a program, this module runs one until its
+It has its own network, with loopback only, and writes only to memory. As a program, this module runs one until its
 standard input ends: `unshare --mount python box.py TREE`.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# They have systemd 252 and 257; the tests ask systemctl for the version.
+# These releases have systemd 252 and 257; the tests ask systemctl for the version.
 SUITES = ("bookworm", "trixie")
 # In addition to the minimum: packages for the documented installation and the units (procps has kill, a .venv needs
 # python3-venv), and libbpf for the parts of the sandbox that systemd enforces with BPF.
@@ -184,7 +184,7 @@ def _keep(tree: Path) -> None:
                 sys.stderr.write(log.read_text(errors="replace"))
         finally:
             _halt(nspawn, leader)
-            # In this order: the upper mount first.
+            # The upper mount has to go first.
             for mounted in (root, Path(work)):
                 subprocess.run(["umount", "--recursive", "--lazy", mounted], check=False)
 
@@ -257,7 +257,7 @@ def _halt(nspawn: subprocess.Popen[bytes], leader: int | None) -> None:
 
 
 if __name__ == "__main__":
-    # Ctrl-C is handled by the tests, which then close the standard input of this process.
+    # The tests handle Ctrl-C, and then close the standard input of this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["SYSTEMD_NSPAWN_UNIFIED_HIERARCHY"] = "1"
     _keep(Path(sys.argv[1]))

@@ -111,7 +111,7 @@ class Podman(Engine):
             # systemd may not be running.
             f'[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\ntmp_dir = "{self.folder}/libpod"\n'
         )
-        # The tests run health checks; systemd has no timer for them.
+        # The tests run the health checks themselves, because systemd has no timer for them.
         return {
             "CONTAINERS_STORAGE_CONF": str(storage),
             "CONTAINERS_CONF": str(containers),
@@ -132,7 +132,7 @@ class Docker(Engine):
     """Docker, with its own daemon."""
 
     cgroups = "dsmq-tests"
-    # Its daemon runs the health checks: more often than in production, to save time.
+    # The daemon runs the health checks, more often than in production, to save time.
     health_options = ("--health-interval=1s", "--health-retries=1")
 
     def __init__(self, folder: Path) -> None:
@@ -296,7 +296,8 @@ def provide_nats(base: Podman, engine: Docker, image: str) -> None:
 def _make_root(archive: Path) -> None:
     packages = "python3,python3-venv,ca-certificates,dash,coreutils,libc-bin,base-files,media-types,netbase"
     unfinished = archive.with_suffix(".unfinished.tar")
-    # Unpacked but not configured, which takes a third of the time and is enough for Python. pip needs certificates.
+    # The packages are unpacked but not configured, which takes a third of the time, and is enough for Python. pip needs
+    # certificates.
     hooks = [
         *('mkdir -p "$1/usr/local/bin"', 'mkdir -p "$1/etc/ssl/certs"'),
         *(f'ln -s /usr/bin/python3 "$1/usr/local/bin/{name}"' for name in ("python3", "python")),

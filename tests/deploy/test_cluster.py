@@ -58,7 +58,7 @@ class Cluster(Engine):
     """Three nodes with the shipped configuration."""
 
     def __init__(self, folder: Path, secrets: Path) -> None:
-        # Of three nodes, and of some that are added later.
+        # For three nodes, and for some that are added later.
         self.ports = free_ports(15)
         super().__init__([adapted(folder / str(at), secrets, self.ports, at) for at in range(3)])
 
@@ -176,7 +176,7 @@ def test_password_is_changed_without_interruption(cluster: Cluster, secrets: Pat
         reload(cluster, new, f"{user}, {new}")
         mq.put("greetings", "4")
         assert [other.get_wait("greetings"), mq.get_latest("greetings")] == ["4", "4"]
-        # All that it logs is a line of JSON.
+        # It logs nothing but a line of JSON.
         for line in old_server.log().splitlines():
             json.loads(line)
 
@@ -193,7 +193,7 @@ def test_nodes_and_servers_are_upgraded_one_by_one(secrets: Path, tmp_path: Path
         traffic = Traffic([f"{HOST}:{server.port}" for server in servers], token=token(secrets))
         with traffic.running():
             leader = nodes.leader()
-            # The leader last, as the page says.
+            # The leader comes last, as documented.
             for node in sorted(nodes.nodes, key=lambda node: node is leader):
                 assert node.ask("varz")["version"] == MIN_VERSION
                 node.stop()
@@ -303,7 +303,7 @@ def test_backup_is_restored_as_described(cluster: Cluster, secrets: Path) -> Non
         servers = [Daemon(**options), Daemon(**options | {"port": 0})]
         for one in servers:
             stack.callback(one.close)
-        # The client hears of it, and begins again.
+        # The client is notified, and starts again.
         assert mq.get_many("greetings", 2000) == [str(number) for number in range(1000)]
         assert "replaced" in states
         mq.put("other", "y")
@@ -314,7 +314,7 @@ def test_backup_is_restored_as_described(cluster: Cluster, secrets: Path) -> Non
 
 
 def documented_commands() -> list[str]:
-    """Return the commands of the `nats` tool that the page lists, first the one that makes a backup."""
+    """Return the documented commands of the `nats` tool; the first makes a backup."""
     (section,) = re.findall(r"(?ms)^## Back up\n(.*?)^## ", (HERE / "README.md").read_text())
     (block,) = re.findall(r"(?ms)^```bash\n(.*?)^```", section)
     (make,) = re.findall(r"`(nats stream backup [^`]*)`", section)
@@ -501,7 +501,7 @@ def test_unit_and_drop_in_use_the_same_files_and_settings(secrets: Path, monkeyp
     assert {name: getattr(settings, name) for name in compose if name.startswith("store")} == {
         name: value for name, value in compose.items() if name.startswith("store")
     }
-    # The unit's snapshot is not for a store in NATS.
+    # The unit's snapshot settings are not for a store in NATS.
     assert not settings.snapshot_file
 
 

@@ -38,7 +38,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TOKEN = "a-token-for-the-tests"
 MEGABYTE = 1_000_000
 
-# The first test of the session waits for the image.
+# The first test of a session waits for the image.
 pytestmark = [
     pytest.mark.deploy,
     pytest.mark.timeout(300),
@@ -384,7 +384,7 @@ def test_stop_is_graceful_with_waiting_clients(engine: Podman | Docker) -> None:
 def test_killed_container_restarts(engine: Podman | Docker) -> None:
     with started(engine, f"--env=DSMQ_AUTH_TOKEN={TOKEN}", "--restart=unless-stopped") as container:
         before = container.state["Pid"]
-        # Not with the engine's command, because the container would not be restarted.
+        # Don't use the engine's command, after which the container would not be restarted.
         engines.kill(before)
         wait_until(lambda: container.state["Running"] and container.state["Pid"] not in (0, before))
         wait_until(lambda: container.logs()[0].count("listening on") == 2)

@@ -124,7 +124,7 @@ NOT_EVEN_ROOT = {"create a device", "read the kernel log", "raise its priority"}
 
 @pytest.fixture(scope="module")
 def trees() -> Iterator[dict[str, Tree]]:
-    """The Debian trees. They are made in parallel, and while the tests in the first one run."""
+    """The Debian trees. They are made in parallel, while the tests in the first one run."""
     if reason := why_not():
         pytest.skip(reason)
     trees = {suite: Tree(suite) for suite in SUITES}
@@ -250,7 +250,7 @@ def beside(box: Box, script: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def answer(process: subprocess.Popen[str]) -> str:
-    """Let such a script continue, and return the next line that it prints."""
+    """Let a script that waits in this way continue, and return the next line that it prints."""
     assert process.stdin
     assert process.stdout
     process.stdin.write("\n")
@@ -654,7 +654,7 @@ def test_service_stores_messages_in_nats(box: Box) -> None:
         box.shell(source() + "/opt/dsmq/bin/pip install --quiet '.[nats]'")
         shutil.copy2(binary(), box.root / "usr/local/bin/nats-server")
         box.shell("echo 127.0.0.1 nats-1 >>/etc/hosts; /source/deploy/cluster/secrets.sh nats-1")
-        # One node in place of three.
+        # One node instead of three.
         cluster = box.root / "source/deploy/cluster"
         for name, pattern, new in (
             ("nats.conf", r"(?ms)^cluster \{.*?^\}\n", ""),
@@ -723,7 +723,7 @@ def test_upgrade_refuses_no_client_and_keeps_messages(box: Box) -> None:
 
 
 def test_removal_leaves_no_file_unit_or_user(box: Box) -> None:
-    """The last test, because it removes dsmq."""
+    """Must be the last test, because it removes dsmq."""
     box.shell(documented("systemctl disable --now"))
     assert not listening_inodes(box)
     elsewhere = " ".join(f"-not -path '/{name}/*'" for name in ("source", "proc", "tmp"))

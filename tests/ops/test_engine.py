@@ -1,4 +1,4 @@
-"""A store in a NATS stream as operators see it: metrics, readiness, INFO, the page's data, and the log."""
+"""What operators see of a store in a NATS stream: metrics, readiness, INFO, the page's data, and the log."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_publishing_is_timed(server: Server, wire: Wire) -> None:
 def test_repeated_puts_are_counted(server: Server, wire: Wire) -> None:
     first = wire.call("PUT", "t", "x", "KEY", "p", 1)
     wait_until(lambda: store_of(server).last_id() == first)
-    # Recognised by the mirror, and, as two of one batch, by the engine.
+    # The mirror recognises the first repetition; the engine recognises the two in one batch.
     assert wire.call("PUT", "t", "x", "KEY", "p", 1, "AGAIN") == first
     answer = store_of(server).append([(b"t", b"y", (b"p", 2)), (b"t", b"y", (b"p", 2))])
     assert isinstance(answer, Future)
@@ -262,7 +262,7 @@ def test_retried_put_to_engine_is_counted(tmp_path: Path) -> None:
         node.signal(signal.SIGSTOP)
         assert node.process
         os.waitid(os.P_PID, node.process.pid, os.WSTOPPED)
-        # Not over the wire, because a server whose engine is silent hangs up.
+        # Don't do this over the wire, because a server whose engine is silent closes connections.
         answer = store_of(server).append([(b"t", b"y", None)])
         assert isinstance(answer, Future)
         wait_until(lambda: metric(server, "engine_retries_total") > 0)
@@ -293,7 +293,7 @@ def test_waiting_for_engine_is_logged_once(tmp_path: Path, caplog: pytest.LogCap
         thread = threading.Thread(target=server.start)
         thread.start()
         try:
-            # All three are tried, again and again, and fail with different errors.
+            # All three are tried repeatedly, and fail with different errors.
             assert reached(lambda: bool(messages(caplog, logging.WARNING, "waiting for a NATS server: ")))
             assert reached(lambda: bool(messages(caplog, logging.INFO, "waiting for the store: ")))
             starting, reason = readyz(server)["reasons"]
@@ -307,7 +307,7 @@ def test_waiting_for_engine_is_logged_once(tmp_path: Path, caplog: pytest.LogCap
                 node.start()
             thread.join(SOON)
             assert not thread.is_alive()
-            # Once at first, and again after each reason for another node: the leader, or no majority in time.
+            # Once at first, and again for each reason to switch to another node: the leader, or no majority in time.
             assert reached(
                 lambda: (
                     len(messages(caplog, logging.INFO, "connected to NATS server"))

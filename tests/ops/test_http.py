@@ -371,7 +371,7 @@ def test_query_string_is_not_logged(server: Server, caplog: pytest.LogCaptureFix
 
 def test_invalid_http_affects_no_one(server: Server, wire: Wire) -> None:
     for noise in (b"\xff\x00\r\n\r\n", b"GET\r\n\r\n", b"GET /metrics HTTP/9.9\r\n\r\n", b"x" * 100_000):
-        # The server may hang up before everything has been sent.
+        # The server may close the connection before everything has been sent.
         with hang(server) as sock, suppress(ConnectionError):
             sock.sendall(noise)
     assert wire.call("PING") == "PONG"
@@ -481,7 +481,7 @@ def test_request_without_thread_gets_a_status(server: Server) -> None:
     assert server.status.counters().failures == 0
 
 
-# Host names: a web page may make its own resolve to this machine (DNS rebinding)
+# Host names: a web page's own name may resolve to this machine (DNS rebinding)
 
 
 HERE = [

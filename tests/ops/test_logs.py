@@ -182,7 +182,7 @@ assert not logging.getLogger().handlers and not logging.getLogger("dsmq").handle
 
 def fill(descriptor: int) -> int:
     """Fill a pipe; return how many bytes it took."""
-    # Opened again, so that only this descriptor is non-blocking.
+    # Open it again, so that only this descriptor is non-blocking.
     end = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK)
     filled = 0
     for size in (4096, 1):

@@ -147,7 +147,7 @@ def test_scrape_with_100000_topics_is_fast() -> None:
             server.context.store.append([(b"topic %d" % number, b"x", None) for number in range(first, first + 1000)])
         seconds = []
         for _ in range(5):
-            # Processor time of this process alone: other programs may be running.
+            # Measure the processor time of this process, because other programs may be running.
             before = time.process_time()
             answer = Answer(server.http_port, "/metrics")
             seconds.append(time.process_time() - before)

@@ -1,4 +1,4 @@
-"""Socket passing and notifications, with the tests in the role of systemd."""
+"""Socket passing and notifications; the tests play the role of systemd."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def test_passed_sockets_are_used_for_listening(tmp_path: Path) -> None:
                 wire.close()
             with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/healthz") as page:
                 assert page.status == 200
-        # They stay open in systemd, for the next server.
+        # In systemd, they stay open for the next server.
         assert os.path.exists(path)
         for family, address in ((socket.AF_INET, ("127.0.0.1", port)), (socket.AF_UNIX, path)):
             with socket.socket(family) as late:

@@ -310,7 +310,7 @@ def test_page_shows_last_messages_of_topic_as_they_arrive(browser: Browser, mq: 
         page.locator("#messages pre").first.evaluate("(body) => body.id = 'kept'")
         mq.put("t", "<b>news</b>")
         expect(page.locator("#messages pre").first).to_have_text("<b>news</b>")
-        # So that its text can be selected.
+        # The element stays the same, so that its text can be selected.
         expect(page.locator("#messages pre").nth(1)).to_have_id("kept")
         expect(page.locator("#messages li")).to_have_count(20)
         expect(page.locator("#messages .note").first).to_have_text(

@@ -502,14 +502,14 @@ class Measure:
         return since(before, count)
 
     def hand_over(self, count: int) -> dict[str, float]:
-        """Return the time from a put to the job, taken by a waiting worker in another process."""
+        """Return the time from a put until a waiting worker in another process has the job."""
         topic = self.topic("hand")
         words = [sys.executable, __file__, self.system, str(self.port), "answer", topic, "", str(count)]
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
             assert other.stdout is not None
             taken = []
             for _ in range(count):
-                # The worker waits, or is about to: it has read the clock and asks for the next job.
+                # The worker waits, or is about to: it has read the clock, and is requesting the next job.
                 other.stdout.readline()
                 time.sleep(0.001)
                 before = time.monotonic()
@@ -584,7 +584,7 @@ class Measure:
 
     def ping_pong(self, count: int) -> dict[str, float]:
         here, there = self.topic("here"), self.topic("there")
-        # Read once in advance, so that only the exchange is timed.
+        # Read once before timing, so that only the exchange is timed.
         words = [sys.executable, __file__, self.system, str(self.port), "echo", there, here, str(count)]
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
             assert other.stdout is not None

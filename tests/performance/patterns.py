@@ -187,7 +187,7 @@ class Readers:
 
 
 def read_one(messages: Iterator[Any], kind: str, count: int) -> None:
-    # In one write each, because all share the pipe.
+    # Use a single write each, because all share the pipe.
     os.write(1, b"ready\n")
     for number in range(count):
         next(messages)
@@ -196,7 +196,7 @@ def read_one(messages: Iterator[Any], kind: str, count: int) -> None:
 
 
 def read(system: str, port: str, kind: str, count: str, readers: str) -> None:
-    """Be the readers: each prints the time of each message, or of the last."""
+    """Run the readers; each prints the time of each message, or of the last."""
     importlib.import_module(SYSTEMS[system].package)
     children = []
     for _ in range(int(readers)):
@@ -212,7 +212,7 @@ def read(system: str, port: str, kind: str, count: str, readers: str) -> None:
     for _ in children:
         _, status = os.wait()
         if status:
-            # Then no other may keep the pipe open.
+            # No other process may keep the pipe open.
             os.killpg(0, signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""The measurements run on a small scale, and detect failures. Their figures are not checked."""
+"""Runs the measurements on a small scale, and checks that they detect failures. Figures are not checked."""
 
 from __future__ import annotations
 

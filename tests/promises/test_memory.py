@@ -1,4 +1,4 @@
-"""Whatever connections do, the server's memory stays within its limits, and it continues to serve."""
+"""Whatever clients do, the server's memory stays within its limits, and the server continues to serve."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ NEEDS_TOKEN = ("max_unauthenticated_bytes", "max_unauthenticated_connections", "
 ELSEWHERE = {
     *("max_age_seconds", "when_full", "request_timeout_seconds", "reply_timeout_seconds", "log_level"),
     *("health_timeout_seconds", "stop_timeout_seconds"),
-    # These are read at each use; tests/broker/test_memory_limits.py tests them.
+    # These are read each time they are used; tests/broker/test_memory_limits.py tests them.
     *("max_total_unread_reply_bytes", "max_total_request_bytes"),
     # tests/broker/test_auth.py
     *("protected_mode", "auth_token", "auth_token_file"),
@@ -208,7 +208,7 @@ def test_reloaded_limit_applies_to_existing_connections(name: str, widens: bool)
     wide, narrow, allows = LIMITS[name]
     before, after = (narrow, wide) if widens else (wide, narrow)
     if widens and allows is ends:
-        # Long enough not to end before the change.
+        # Long enough that it does not end before the change.
         before = 10 * UNIT
     token = {"auth_token": TOKEN} if name in NEEDS_TOKEN else {}
     with reloading(**token, **{name: before}) as (one, wire):

@@ -1,4 +1,4 @@
-"""What clients read and count as missed across kills, restarts and reloads of real servers."""
+"""What clients read, and count as missed, when real servers are killed, restarted and reloaded."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class History:
 
 
 class Reader:
-    """A client that reads in the first run, and in the second is absent, reads once, or continues to read."""
+    """A client that reads in the first run; in the second, it is absent, reads once, or continues to read."""
 
     def __init__(self, host: str, when: str, later: str) -> None:
         self._mq = connect(host)

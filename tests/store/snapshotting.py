@@ -66,7 +66,7 @@ def bodies(store: ClockedStore, topic: bytes) -> list[bytes]:
 
 
 class Disk:
-    """Makes snapshots fail with `error` at their very end, or wait for the disk while `hangs` is set."""
+    """Makes snapshots fail with `error` at the very end, or wait for the disk while `hangs` is set."""
 
     def __init__(self, sync: Callable[[Path], None]) -> None:
         self.sync_folder = sync

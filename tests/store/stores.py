@@ -32,7 +32,7 @@ class ClockedStore(SQLiteStore):
     def __init__(self, max_age_ms: int, clock: Clock | None = None, limits: Limits | None = None) -> None:
         self.clock = clock or Clock()
         super().__init__(max_age_ms, self.clock, limits)
-        # How many jobs a TAKE gets must not depend on how busy the machine is.
+        # The number of jobs that a TAKE gets must not depend on the load of the machine.
         self.groups.slice_seconds = math.inf
         self.between_batches: Callable[[], object] = bool
         """Called after each batch of a snapshot."""

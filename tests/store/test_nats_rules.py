@@ -113,7 +113,7 @@ def test_only_the_server_that_gets_a_put_refuses_it(stores: Stores) -> None:
     value(other.latest(b"a", 0))
     with pytest.raises(Full, match="max_messages of topics a = 1"):
         put(other, b"a", b"x")
-    with pytest.raises(Full, match="larger than its topic may be"):
+    with pytest.raises(Full, match="exceeds the limit of its topic"):
         put(other, b"b", bytes(201))
     put(one, b"b", b"1", b"2", b"3")
     assert bodies(held(other, b"b")) == [b"2", b"3"]

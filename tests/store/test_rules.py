@@ -84,7 +84,7 @@ def test_first_matching_rule_applies(store: ClockedStore) -> None:
 def test_message_larger_than_the_topic_is_refused_and_drops_nothing(store: ClockedStore) -> None:
     keep(store, TopicRule(b"t", max_bytes=300, when_full=DROP_OLDEST))
     put(store, b"t", b"1", b"2")
-    with pytest.raises(Full, match="larger than its topic may be: max_bytes of topics t = 300"):
+    with pytest.raises(Full, match="exceeds the limit of its topic: max_bytes of topics t = 300"):
         put(store, b"t", bytes(201))
     assert bodies(store, b"t") == [b"1", b"2"]
     put(store, b"t", bytes(200))

@@ -211,7 +211,7 @@ class CountingSelection(Selection):
 def test_one_call_looks_at_few_rows_and_topics(
     monkeypatch: pytest.MonkeyPatch, words: list[bytes], messages: int, matching: int
 ) -> None:
-    """In a long millisecond, and in topics that it has not matched yet; a call ends at the first check of the time."""
+    """Tests a long millisecond, and topics not matched yet; a call ends at the first check of the time."""
     monkeypatch.setattr(scan, "SCAN_SECONDS", 0)
     store, selection = Counting(), CountingSelection(words)
     store.fill(messages, 10_000)

@@ -174,7 +174,7 @@ def test_interrupted_stop_ends_all_threads_from_any_line(tmp_path: Path) -> None
         server.start()
         put(store, b"t", b"%d" % point)
         was_interrupted = interrupted_at(point, server.stop)
-        # As the `with` statement around it does.
+        # The enclosing `with` statement does the same.
         server.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
         wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name in SERVER_THREADS])
         with pytest.raises(ReplyError):

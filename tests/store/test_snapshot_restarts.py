@@ -277,7 +277,7 @@ def test_missed_count_is_exact_after_kill(tmp_path: Path) -> None:
         copy = path.read_bytes()
     path.write_bytes(copy)
     snapshot_file.record_restore(path, snapshot_file.verify(path))
-    # It counts twice, because it was not a final snapshot. A client that was away is told both ranges.
+    # It counts twice, because it was not a final snapshot. A client that was away gets both ranges.
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
         assert lost_ids(wire) == [3, 3 + gap, 4 + gap, 4 + 3 * gap]
         assert [numbers(wire, topic) for topic in ("full", "empty", "none")] == [(3, 3), (1, 1), (0, 0)]

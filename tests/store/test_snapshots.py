@@ -364,7 +364,7 @@ def test_final_snapshot_works_without_vacuum_into(
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_snapshot_contains_long_bodies(store: ClockedStore, file: Path, at_once: bool) -> None:
-    """They are in its rows, like others, so that dsmq can read the files of earlier versions, and vice versa."""
+    """They are in rows, like other bodies, so that earlier versions can read the file, and vice versa."""
     held = [b"x", b"y" * LONG_BYTES, b"", b"z" * 1_000_000, b"buffered" * 20_000]
     put(store, b"t", *held[:4])
     store.write()
@@ -530,7 +530,7 @@ def test_snapshot_interval_requires_file() -> None:
 
 
 def test_puts_before_stop_are_in_final_snapshot(file: Path) -> None:
-    """Every put that got an id is present, and no refused one."""
+    """Every put that got an id is in the snapshot, and no put that was refused."""
     stored: list[int] = []
 
     def put_for_ever(wire: Wire, topic: str) -> None:

@@ -790,7 +790,7 @@ def test_expired_unread_messages_are_counted(store: ClockedStore, clock: Clock) 
     store.read(b"read", 0, 2, 1000)
     store.latest(b"skipped", 0)
     clock.now += MAX_AGE + 1
-    # Reading the new message does not make the expired ones count as read.
+    # After the new message is read, the expired ones still count as unread.
     put(store, b"unread", b"z")
     read(store, b"unread")
     expire_all(store)
@@ -891,7 +891,7 @@ def test_database_stays_below_limit_on_bytes(clock: Clock, size: int, topics: in
 
 
 def test_expired_pages_are_released_in_slices_except_a_few(store: ClockedStore, clock: Clock) -> None:
-    """Otherwise, long bodies would take memory in addition to them."""
+    """Otherwise, long bodies would take additional memory."""
 
     def pages() -> int:
         return int(store.connection.execute("PRAGMA page_count").fetchone()[0])

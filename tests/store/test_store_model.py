@@ -58,7 +58,7 @@ class Row(NamedTuple):
 
 
 class Model:
-    """A store in plain Python, without regard to speed."""
+    """A simple, slow store in plain Python."""
 
     empty_topics = 1
 
@@ -202,7 +202,7 @@ LIMITS = (
 
 
 class StoreAndModel(RuleBasedStateMachine):
-    """Does the same with both, and compares the results."""
+    """Runs the same operations on both, and compares the results."""
 
     # By default, all bodies are in SQLite, which has no memory for BIG in `overflow`.
     long_bytes = sys.maxsize

@@ -224,7 +224,7 @@ def joins(parser: Parser, pieces: list[bytes]) -> int:
 
 def test_large_request_in_pieces_is_copied_once() -> None:
     data = encode_request(b"PUT", b"t", b"x" * 1_000_000)
-    # One for the first piece, which is only kept, and one for the last.
+    # Once for the first piece, which is only kept, and once for the last.
     assert joins(RequestParser(1_000_000), in_pieces_of(1000, data)) == 2
 
 
@@ -673,7 +673,7 @@ def test_bytes_one_by_one_are_copied_few_times(name: str) -> None:
         result = parser.next()
         copied += len(fed) * (fed is not before) + len(joined(parser)) * (joined(parser) is not fed)
     assert result is not None
-    # Each byte once when it arrives, and once when its value is complete.
+    # Each byte is copied once when it arrives, and once when its value is complete.
     assert copied < 4 * len(data)
 
 

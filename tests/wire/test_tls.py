@@ -254,7 +254,7 @@ def test_slow_tls_reader_is_not_dropped(files: Files) -> None:
                     data = sock.recv(16_384)
                     assert data, f"dropped after {got} bytes"
                     got += len(data)
-                    # In total longer than reply_timeout_seconds.
+                    # In total, this takes longer than reply_timeout_seconds.
                     time.sleep(max(0.0, began + 25 * UNIT * got / 6_000_000 - time.monotonic()))
 
 

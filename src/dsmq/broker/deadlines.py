@@ -47,7 +47,7 @@ def deadlines(connection: Connection) -> Iterator[tuple[float, Callable[[], None
 
 
 def _drop_unread(connection: Connection) -> None:
-    about = "does not read its replies"
+    about = "did not read its replies"
     _logger.info("%r: dropped: %s", connection, about, extra=connection.event("dropped"))
     connection.close(about)
 

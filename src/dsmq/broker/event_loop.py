@@ -290,7 +290,7 @@ class EventLoop:
             self.context.store.flush()
         except ReplyError as error:
             # The next put that needs a flush will fail, and its client gets the error.
-            _logger.debug("nothing written: %s", error)
+            _logger.debug("the write buffer could not be flushed: %s", error)
         except Exception:  # noqa: BLE001
             self._log_defect("writing failed because of a defect")
 

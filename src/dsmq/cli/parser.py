@@ -24,9 +24,9 @@ _GET = (
     "control characters are escaped."
 )
 _WORK = (
-    "Run COMMAND for messages of TOPIC, each of which goes to one of several workers. The message is its stdin; "
-    "DSMQ_TOPIC_NAME, DSMQ_JOB_ID and DSMQ_ATTEMPT are in its environment. If its exit status is not 0, or the worker "
-    "dies, another one gets the message. In TOPIC, * matches any characters, including none."
+    "Run COMMAND for each message of TOPIC, sharing the messages with the other workers of its group. COMMAND gets the "
+    "message on stdin, and DSMQ_TOPIC_NAME, DSMQ_JOB_ID and DSMQ_ATTEMPT in its environment. If its exit status is not "
+    "0, or the worker dies, another worker gets the message. In TOPIC, * matches any characters, including none."
 )
 # The description and arguments of each command. If ... follows the last argument, it may be repeated.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -236,7 +236,7 @@ def _refuse(word: str, command: str) -> NoReturn:
     if word.startswith("--") or word == "-h":
         parser.parse_known_args([word])
     if word.startswith("-") and command:
-        parser.error(f"{quoted(word)} is before the command; options follow it: dsmq {command} {printable(word)} ...")
+        parser.error(f"{quoted(word)} must follow the command: dsmq {command} {printable(word)} ...")
     parser.unknown(word, what="argument" if word.startswith("-") else "command", known=COMMANDS)
 
 

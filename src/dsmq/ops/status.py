@@ -310,7 +310,7 @@ def _engine_usage(engine: EngineStats) -> Iterator[Fact]:
     yield Fact("engine_connected", "Whether there is a connection to the engine: 1 or 0.", int(engine.connected))
     yield Fact("mirror_ready", "Whether the mirror is complete: 1 or 0.", int(engine.ready))
     yield Fact("mirror_lag_messages", "Messages that the mirror does not have yet.", engine.lag_messages)
-    about = "Time since the mirror last had all messages; 0 while it has."
+    about = "Time since the mirror last had all messages; 0 if it has all now."
     yield Fact("mirror_lag_seconds", about, engine.lag_seconds)
 
 

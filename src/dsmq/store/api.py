@@ -148,7 +148,7 @@ class EngineStats(NamedTuple):
     lag_messages: int
     """Messages in the engine that the mirror does not have yet."""
     lag_seconds: float
-    """Time since the mirror last had all messages of the engine; 0 while it has."""
+    """Time since the mirror last had all messages of the engine; 0 if it has all now."""
     retries: int
     """Publish attempts with an unknown result."""
     split_batches: int

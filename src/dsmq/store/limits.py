@@ -72,7 +72,7 @@ class LimitChecker:
             if kept.drops:
                 if accounted_bytes(1, max(sizes)) > kept.max_bytes:
                     raise Full(
-                        f"the message is larger than its topic may be: {kept.limit_name('bytes')} = {kept.max_bytes}"
+                        f"the message exceeds the limit of its topic: {kept.limit_name('bytes')} = {kept.max_bytes}"
                     )
                 found[name] = drops = self._drops(topic, kept, sizes)
                 if not self.drops_for_all:

@@ -112,7 +112,7 @@ class Snapshotter:
         except (Unusable, sqlite3.DatabaseError) as error:
             aside = snapshot_file.quarantine(self.path)
             about = logs.event("snapshot_refused", file=str(self.path), kept_as=str(aside), reason=str(error))
-            _logger.error("nothing restored, the snapshot is unusable: %s; kept as %s", error, aside, extra=about)
+            _logger.error("no messages restored: the snapshot can't be used: %s; kept as %s", error, aside, extra=about)
             return
         gaps = found.restores + (not state.is_last)
         if gaps:

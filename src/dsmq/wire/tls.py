@@ -15,7 +15,7 @@ _RECORD_BYTES = 16_384
 # Without a limit, OpenSSL would search a whole file for a certificate, however long it is.
 _MAX_FILE_BYTES = 16_777_216
 # Advice to clients for an error, by OpenSSL's code or name.
-_UNKNOWN_AUTHORITY = "the certificate is not from a trusted authority (ca_file=... names others to trust)"
+_UNKNOWN_AUTHORITY = "the certificate is not from a trusted authority (ca_file=... to trust another)"
 _ADVICE: dict[int | str | None, str] = {
     18: "self-signed certificate (ca_file=... to trust it)",
     19: _UNKNOWN_AUTHORITY,
