@@ -379,3 +379,18 @@ def test_request_under_way_when_the_mirror_begins_again_is_unsure(is_loaded: boo
         server.groups.begin(server.store)
     with pytest.raises(Unsure):
         answer.result(0)
+
+
+def test_all_requests_with_one_token_are_answered_if_there_are_no_jobs() -> None:
+    """A client may have sent its request again while the first was not answered yet."""
+    server = FakeServer(Log(), random.Random(1))
+
+    def take(token: bytes) -> Any:
+        return server.groups.take(Take(KEY, GROUP, Selection([KEY]), 1, 1000, 1000, token, "w", is_waiting=True))
+
+    answers = [take(token) for token in (b"1", b"2", b"2", b"2")]
+    server.deliver(safely=True)
+    server.fold(1)
+    for _ in answers:
+        server.run_posted()
+    assert [answer.result(0) for answer in answers] == [[], [], [], []]
