@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any, cast
 
 import pytest
 
-from conftest import SOON, Wire, serving, wait_until, wire_to
+from conftest import SOON, Wire, serving, wait_for_stored, wait_until, wire_to
 from dsmq.broker.connection import Connection
 from dsmq.broker.jobs import PendingTake, TakeQueues
 from dsmq.errors import ReplyError, StoreFailed
 from dsmq.server import Server
 from dsmq.store.group_figures import MAX_FIRST
+from dsmq.store.groups import Job
 from dsmq.wire.resp import encode_request
 from security import READER, WRITER, wire_as
 
@@ -145,9 +147,10 @@ def test_job_of_another_epoch_is_refused(wire: Wire, server: Server, request_: s
     assert [code(one) for one in cast("list[object]", call(wire, "EXEC"))] == ["EPOCH"]
 
 
-def test_options_of_take_may_come_in_any_order(wire: Wire) -> None:
+def test_options_of_take_may_come_in_any_order(wire: Wire, server: Server) -> None:
     for body in "ab":
         wire.call("PUT", "t", body)
+    wait_for_stored(server, 2)
     assert ids(call(wire, "TAKE t w 60000 token x COUNT 2 wait 10")) == [1, 2]
     assert ids(call(wire, "TAKE t w 60000 COUNT 2 TOKEN x")) == [1, 2]
 
@@ -266,6 +269,22 @@ def test_error_on_the_second_try_leaves_no_wait(server: Server, wire: Wire, monk
     assert ids(call(wire, "TAKE t w 60000 WAIT 60000")) == [1]
 
 
+def test_put_while_the_store_has_yet_to_answer_is_not_missed(
+    server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = server.context.store.groups
+    assert groups is not None
+    take, calls, answer = groups.take, count(), Future[list[Job] | None]()
+    monkeypatch.setattr(groups, "take", lambda request: take(request) if next(calls) != 1 else answer)
+    with ExitStack() as stack:
+        worker = stack.enter_context(wire_to(server))
+        send(worker, "TAKE t w 60000 WAIT 60000")
+        wait_until(lambda: server.status.waiting() == 1)
+        assert wire.call("PUT", "t", "x") == 1
+        answer.set_result([])
+        assert ids(worker.receive()) == [1]
+
+
 def test_groups_wait_independently(server: Server, wire: Wire) -> None:
     with ExitStack() as stack:
         one = stack.enter_context(wire_to(server))
@@ -382,6 +401,7 @@ def test_stats_describe_the_groups_of_a_topic(wire: Wire, server: Server) -> Non
     assert not [name for name in pairs(wire.call("STATS", "t")) if ":" in name]
     for body in "abc":
         wire.call("PUT", "t", body)
+    wait_for_stored(server, 3)
     call(wire, "TAKE t workers 60000 COUNT 2")
     call(wire, "TAKE t* workers 60000")
     call(wire, "DONE t workers 1 1")

@@ -98,6 +98,32 @@ def workers_and_servers_frozen(stage: Stage) -> None:
             freeze(stage, server.daemon.signal, 5)
 
 
+def workers_and_servers_cut_off(stage: Stage) -> None:
+    """A server silently loses its connections to all nodes, while the other one works."""
+    cluster = stage.cluster(behind_proxies=True)
+    stage.history.has_holes = True
+    with sharing(stage, cluster):
+        for number in range(stage.size(2, 1)):
+            stage.pause(1, 0.7)
+            cluster.cut_off(number, on=True)
+            stage.pause(8, 5)
+            cluster.cut_off(number, on=False)
+
+
+def workers_and_partitions(stage: Stage) -> None:
+    """The leader is cut off from the other nodes, with a server that can reach only it."""
+    cluster = stage.cluster(behind_proxies=True, partitions=True)
+    stage.history.has_holes = True
+    with sharing(stage, cluster, may_be_refused=True):
+        for server in stage.size((None, 0, 1), (0,)):
+            stage.pause(1, 0.5)
+            stage.fault("node cut off")
+            with cluster.partition(cluster.engine.leader(), server):
+                # The others elect a leader after 4 to 9 s, and the old one believes for 10 to 20 s that it leads.
+                stage.pause(18, 14)
+            cluster.await_engine()
+
+
 def workers_move(stage: Stage) -> None:
     """Workers' connections are reset at random bytes, and they repeat their requests at other servers."""
     cluster = stage.cluster()
@@ -130,6 +156,7 @@ SHARED_JOB_SCENARIOS: dict[str, Callable[[Stage], None]] = {
     run.__name__: run
     for run in (
         *(shared_workers, workers_and_servers_killed, workers_and_servers_restarted, workers_and_leaders_killed),
-        *(workers_and_nodes_frozen, workers_and_servers_frozen, workers_move, shared_workers_that_fail),
+        *(workers_and_nodes_frozen, workers_and_servers_frozen, workers_and_servers_cut_off),
+        *(workers_and_partitions, workers_move, shared_workers_that_fail),
     )
 }

@@ -24,7 +24,7 @@ from chaos.others import Peer
 from dsmq import aio
 from dsmq.client import connect
 from dsmq.client.jobs import Job, jobs_of
-from dsmq.errors import DSMQError, JobLost
+from dsmq.errors import DSMQError, JobLost, StoreFailed
 from helpers import HOST
 
 TAKE_FIELDS = 7
@@ -62,6 +62,8 @@ class WorkerJob:
     kind: str = "wire"
     step: int = 0
     """Distance between the lines at which calls are interrupted; 0: none are."""
+    may_be_refused: bool = False
+    """Whether the store may fail; that counts as an interrupt."""
     work_seconds: float = 0.002
     ratios: dict[str, float] = field(default_factory=lambda: dict(RATIOS))
 
@@ -202,9 +204,13 @@ class Worker:
         _, ended, reply, error = self._calls.run(call)
         if error is not None:
             self.peer.close()
-            if not isinstance(error, KeyboardInterrupt):
-                raise error
+            self._raise_unless_interrupted(error)
         return self._sends[-1] if self._sends else 0.0, ended, reply
+
+    def _raise_unless_interrupted(self, error: BaseException | None) -> None:
+        is_refused = isinstance(error, StoreFailed) or str(error).startswith(("STORE ", "UNSURE "))
+        if error is not None and not (isinstance(error, KeyboardInterrupt) or (is_refused and self.job.may_be_refused)):
+            raise error
 
     def close(self) -> None:
         self.peer.close()
@@ -243,7 +249,7 @@ class TakingWorker(Worker):
         self._log(replace(request, began=self._sends[-1]))
         _, ended, jobs, error = self._run("take", lambda: self._next(request))
         if jobs is None:
-            _raise_unless_interrupted(error)
+            self._raise_unless_interrupted(error)
             return self._sends[-1], ended, None
         self._jobs |= {(job.id, job.attempt): job for job in jobs}
         return self._sends[-1], ended, [(job.topic, job.id, job.attempt, job.text) for job in jobs]
@@ -263,7 +269,7 @@ class TakingWorker(Worker):
         _, ended, _, error = self._run(event.verb, calls[event.verb])
         if error is None or isinstance(error, JobLost):
             return ended, "JOBLOST" if error else "OK"
-        _raise_unless_interrupted(error)
+        self._raise_unless_interrupted(error)
         return ended, None
 
     def close(self) -> None:
@@ -376,11 +382,6 @@ class LoopingWorker(TakingWorker):
 
     def _next(self, request: Sent) -> list[Job]:
         return [job for job in [next(self._loop, None)] if job]
-
-
-def _raise_unless_interrupted(error: BaseException | None) -> None:
-    if error is not None and not isinstance(error, KeyboardInterrupt):
-        raise error
 
 
 def looping(job: WorkerJob) -> WorkerJob:

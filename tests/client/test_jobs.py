@@ -241,6 +241,22 @@ def test_jobs_left_to_their_leases_are_finally_forgotten(monkeypatch: pytest.Mon
     assert len(jobs.jobs_of(stub._session).leases) <= 20
 
 
+def test_extended_job_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(jobs, "boot_time", lambda: now)
+    monkeypatch.setattr(jobs, "_MANY_JOBS", 10)
+    stub = Stub()
+    work = Work(stub, "t", "w", 0.0, 5.0)
+    answer(work, replies(("t", 1, b"x", 1)))
+    call = jobs.extend(work.hand_out(), 1000.0)
+    call.reply = "OK"
+    call.accept(jobs.jobs_of(stub._session).leases)
+    for number in range(2, 100):
+        answer(Work(stub, "t", "w", 0.0, 5.0), replies(("t", number, b"x", 1)))
+        now += 1
+    assert answer(work, "OK", [])[0] == [b"DONE", b"t", b"w", b"1", b"1"]
+
+
 INVALID: list[tuple[type[Exception], Callable[[Any], object]]] = [
     (TypeError, lambda mq: mq.work(5)),
     (ValueError, lambda mq: mq.work("")),

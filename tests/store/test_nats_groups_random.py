@@ -361,3 +361,21 @@ def test_servers_agree_and_no_job_is_held_twice_or_lost(seed: int) -> None:
     assert group.counts.done + len(failed) == group.counts.taken == len(world.put_ids)
     assert len(world.done) <= group.counts.done
     assert group.counts.failed == len(failed)
+
+
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_request_under_way_when_the_mirror_begins_again_is_unsure(is_loaded: bool) -> None:
+    log = Log()
+    server = FakeServer(log, random.Random(1))
+    log.add((TOPICS[0], b"x", None))
+    server.fold(1)
+    answer = server.groups.take(Take(KEY, GROUP, Selection([KEY]), 1, 1000, 1000, b"", "w"))
+    assert isinstance(answer, Future)
+    server.deliver(safely=True)
+    if is_loaded:
+        server.groups.load_groups([], len(log.entries))
+        server.fold(1)
+    else:
+        server.groups.begin(server.store)
+    with pytest.raises(Unsure):
+        answer.result(0)

@@ -99,6 +99,8 @@ class PendingTake(PendingRead):
     groups: Groups | None = None
     is_asked: bool = False
     """Whether the store will answer later."""
+    is_woken: bool = False
+    """Whether it was woken meanwhile, so that the answer may lack the newest message."""
     is_refused: bool = False
     """Whether a limit on jobs was reached."""
     jobs: list[Job] = field(default_factory=list)
@@ -112,6 +114,7 @@ class PendingTake(PendingRead):
     def fetch(self, store: Store) -> Any:
         if self.is_asked:
             # Woken meanwhile. Another request would get other jobs, so there is nothing to do before the answer.
+            self.is_woken = True
             return Future()
         if self.jobs and time.monotonic() < self.leased_until:
             return self.jobs
@@ -143,8 +146,8 @@ class PendingTake(PendingRead):
         return []
 
     def take(self, found: Any) -> list[Any] | None:
-        self.is_asked = False
-        if type(found) is tuple:
+        was_woken, self.is_asked, self.is_woken = self.is_woken, False, False
+        if type(found) is tuple or (was_woken and self.wait_ms and not found):
             return None
         self.jobs = found
         self.retry_in = self._retry_in() if self.wait_ms and not found else math.inf

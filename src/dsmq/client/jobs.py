@@ -93,7 +93,7 @@ class Jobs:
 
     def __init__(self) -> None:
         self.leases: dict[Receipt, float] = {}
-        """When the lease of each job ends, unless it was extended, by `boot_time`."""
+        """When the lease of each job ends, by `boot_time`."""
         self.tokens: dict[tuple[str, str, int], list[bytes]] = {}
         """By topic, group and number of jobs."""
         self._max_leases = _MANY_JOBS
@@ -147,6 +147,8 @@ class Settle(Call):
         if not isinstance(error := self.reply, ReplyError):
             if self._verb != b"EXTEND":
                 leases.pop(self.receipt, None)
+            elif self.receipt in leases:
+                leases[self.receipt] = boot_time() + int(self._words[0]) / 1000
             return
         if isinstance(error, WrongEpoch):
             error = JobLost("the server has lost the job's message")

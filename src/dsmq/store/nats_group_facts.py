@@ -57,9 +57,8 @@ class GroupFacts:
             for group in self._groups.values():
                 self._base.add(group.counts)
             self._source, self._groups, self._memory, self.as_of = source, {}, 0, 0
-            pending, self._pending = self._pending, {}
-        for call in pending.values():
-            call(Unsure("the mirror begins again; it may or may not have happened"))
+        for name in list(self._pending):
+            self._finish(name, _unsure())
 
     def now(self) -> int:
         return self._source.now()
@@ -106,9 +105,11 @@ class GroupFacts:
 
     def apply(self, body: bytes, message_id: int, age_ms: int) -> None:
         """Apply a fact. Raises ValueError and others if it can't be read."""
-        if message_id <= self.as_of:
-            return
         name, what, *names = json.loads(body)
+        if message_id <= self.as_of:
+            # It is part of the state, which does not tell its outcome.
+            self._finish(name, _unsure())
+            return
         key, values = (as_bytes(names[0]), as_bytes(names[1])), names[2:]
         error: Exception | None = None
         try:
@@ -169,3 +170,7 @@ class GroupFacts:
                 setattr(group.counts, values[2], getattr(group.counts, values[2]) + 1)
         if what == "remove":
             self.on_available(key)
+
+
+def _unsure() -> Unsure:
+    return Unsure("the mirror begins again; it may or may not have happened")
