@@ -3,8 +3,8 @@ ARG PYTHON=3.13
 
 FROM python:${PYTHON}-slim AS build
 WORKDIR /source
-# Build tools and dependencies are both locked by hash. They are in separate environments, so that neither pip nor the build
-# tools get into the image.
+# Build tools and dependencies are both locked by hash, and are installed in separate environments, so that neither pip
+# nor the build tools end up in the image.
 COPY deploy/docker/build-requirements.txt deploy/docker/requirements.txt ./
 RUN python -m venv /build \
     && /build/bin/pip install --no-cache-dir --require-hashes --only-binary=:all: -r build-requirements.txt \
@@ -32,7 +32,7 @@ LABEL org.opencontainers.image.title="dsmq" \
     org.opencontainers.image.version="2.0.0" \
     org.opencontainers.image.licenses="MIT"
 COPY --from=build /opt/dsmq /opt/dsmq
-# All settings in it are commented out. Mount your own file over it. DSMQ_CONFIG names this file, so it must exist.
+# All of its settings are commented out; mount your own file over it. It must exist, because DSMQ_CONFIG names it.
 COPY dsmq.toml.example /etc/dsmq/dsmq.toml
 # Writable by any user. A volume mounted here keeps messages when the container is removed.
 COPY --from=build /state /var
@@ -46,7 +46,7 @@ ENV DSMQ_SNAPSHOT_FILE=/var/lib/dsmq/snapshot DSMQ_SNAPSHOT_INTERVAL_SECONDS=60
 USER 10001:10001
 EXPOSE 30008 30009
 STOPSIGNAL SIGTERM
-# dsmq ping finds the server by the same settings: DSMQ_* and the configuration file.
+# dsmq ping finds the server by the server's own settings: DSMQ_* and the configuration file.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10s CMD ["dsmq", "ping"]
 ENTRYPOINT ["dsmq"]
 CMD ["serve"]

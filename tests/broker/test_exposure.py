@@ -60,7 +60,7 @@ def test_tls_without_client_certificates_does_not_authenticate(files: Files) -> 
 
 
 @pytest.mark.parametrize("hosts", [("127.0.0.1", "0.0.0.0"), ("0.0.0.0", "127.0.0.1")])
-def test_one_exposed_address_of_several_prevents_start(hosts: tuple[str, str]) -> None:
+def test_single_exposed_address_prevents_start(hosts: tuple[str, str]) -> None:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server((host, 0))) for host in hosts]
         server = Server(config.load(kind=config.EmbeddedSettings), systemd=Systemd(queue=sockets))

@@ -118,7 +118,7 @@ class SlowStart(SQLiteStore):
         return answer
 
 
-def test_start_found_twice_begins_one_read() -> None:
+def test_start_found_twice_begins_only_one_read() -> None:
     store = SlowStart()
     with serving(store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
         assert wire.call("PUT", "t", "x") == 1

@@ -116,7 +116,7 @@ def expire_all(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_server_detects_without_puts_that_limit_no_longer_applies() -> None:
+def test_server_detects_that_limit_no_longer_applies_without_puts() -> None:
     with daemon("--max-stored-messages", "1", "--max-age-seconds", "1") as server:
         wire = Wire(("127.0.0.1", server.port))
         while not isinstance(wire.call("PUT", "t", "x"), Full):
@@ -305,7 +305,7 @@ def test_greedy_client_does_not_starve_others() -> None:
         assert ids == [number for number in range(1, 1002) if number != place]
 
 
-def test_each_of_many_clients_gets_one_reply_before_any_gets_two() -> None:
+def test_many_clients_get_one_reply_each_before_any_gets_two() -> None:
     with serving() as server, wire_to(server) as modest, ExitStack() as stack:
         crowd = [stack.enter_context(wire_to(server)) for _ in range(worker.CROWD + 10)]
         wait_until(lambda: server.status.connections() == len(crowd) + 1)

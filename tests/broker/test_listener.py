@@ -26,7 +26,7 @@ from dsmq.server import Server
 # Names with several addresses
 
 
-def test_name_with_several_addresses_listens_on_each_usable_one(resolve: Resolve) -> None:
+def test_host_name_listens_on_each_usable_address(resolve: Resolve) -> None:
     # The first is not an address of this machine, as ::1 would not be without IPv6.
     resolve("several", "192.0.2.1", "127.0.0.1", "127.0.0.2")
     with serving(host="several", http_host="several", http_port=0) as server:
@@ -38,7 +38,7 @@ def test_name_with_several_addresses_listens_on_each_usable_one(resolve: Resolve
                 assert answer.status == 200
 
 
-def test_name_without_usable_address_does_not_start(resolve: Resolve) -> None:
+def test_host_name_without_usable_address_does_not_start(resolve: Resolve) -> None:
     resolve("several", "192.0.2.1", "198.51.100.1")
     with pytest.raises(StartupError, match=r"several:0: .*assign"), serving(host="several"):
         pass

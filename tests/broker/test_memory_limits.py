@@ -32,7 +32,7 @@ __all__ = ["patient"]
 # Totals over all event loops
 
 
-def test_waiting_readers_are_bounded_over_all_workers() -> None:
+def test_waiting_readers_are_bounded_across_all_workers() -> None:
     with serving(io_threads=4, max_waiting_readers=8) as server, ExitStack() as stack:
         waiting = [stack.enter_context(wire_to(server)) for _ in range(8)]
         for wire in waiting:
@@ -45,7 +45,7 @@ def test_waiting_readers_are_bounded_over_all_workers() -> None:
         wait_until(lambda: server.status.waiting() == 0)
 
 
-def test_unauthenticated_connections_are_bounded_over_all_workers() -> None:
+def test_unauthenticated_connections_are_bounded_across_all_workers() -> None:
     limits = {"auth_token": "x" * 20, "max_unauthenticated_connections": 8}
     with serving(io_threads=4, **limits) as server, ExitStack() as stack:
         wires = [stack.enter_context(wire_to(server)) for _ in range(8)]

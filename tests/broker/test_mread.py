@@ -299,7 +299,7 @@ def test_stop_ends_a_read_that_is_still_searching(monkeypatch: pytest.MonkeyPatc
         assert wire.ended()
 
 
-def test_many_waiting_patterns_take_little_memory_and_time() -> None:
+def test_many_waiting_patterns_cost_little_memory_and_time() -> None:
     patterns, connections = waiters.WaitingPatterns(), [object() for _ in range(100)]
     selections = [Selection([b"prefix/%d/*/%d" % (at, at)]) for at in range(10_000)]
     tracemalloc.start()

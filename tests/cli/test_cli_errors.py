@@ -391,7 +391,7 @@ def test_proxy_that_closes_connections_is_reported(command: str) -> None:
     assert b"(--tls)" in done[2]
 
 
-def test_other_server_is_reported_as_not_dsmq(server: Daemon) -> None:
+def test_other_program_is_reported_as_not_dsmq(server: Daemon) -> None:
     done = result("ping", "--port", str(server.http_port), "--timeout", str(SOON))
     assert_one_line(done, 1, f"127.0.0.1:{server.http_port} is not a dsmq server but dsmq's HTTP endpoint")
 

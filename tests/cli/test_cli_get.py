@@ -67,7 +67,7 @@ def test_latest_of_a_pattern_is_one_of_each_topic(topic: str, mq: DSMQClientSide
     assert result("get", topic + "/*", "--after", "0", "--latest", "-n", "1") == (0, b"3\n", b"")
 
 
-def test_json_position_of_several_topics_continues_there(topic: str, mq: DSMQClientSideConnection) -> None:
+def test_json_position_of_several_topics_resumes_there(topic: str, mq: DSMQClientSideConnection) -> None:
     put_mixed(topic, mq)
     words = ["get", topic + "/*", topic]
     lines = [json.loads(line) for line in result(*words, "--after", "0", "-n", "3", "--json")[1].splitlines()]
@@ -144,7 +144,7 @@ def test_format_prints_parts_of_a_message(topic: str, mq: DSMQClientSideConnecti
     assert abs(float(seconds) - before) < 60
 
 
-def test_topic_in_a_format_stays_on_its_line(topic: str, mq: DSMQClientSideConnection) -> None:
+def test_topic_in_format_stays_on_its_line(topic: str, mq: DSMQClientSideConnection) -> None:
     mq.put(topic + "\n\x1b", "x\x1b")
     assert result("get", topic + "*", "--after", "0", "-v")[1] == f"{topic}\\n\\x1b x\x1b\n".encode()
 

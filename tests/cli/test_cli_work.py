@@ -191,7 +191,7 @@ def test_unusable_program_is_reported_and_job_given_back(mq: Client, topic: str,
     assert attempts(mq, topic) == [2]
 
 
-def test_help_names_the_command_after_the_options() -> None:
+def test_help_names_command_after_options() -> None:
     status, out, _ = result("work", "--help")
     assert status == 0
     assert b"usage: dsmq work TOPIC [OPTION ...] -- COMMAND ...\n" in out

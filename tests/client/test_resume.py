@@ -136,7 +136,7 @@ def test_iterator_resumes(server: Server, mq: DSMQClientSideConnection) -> None:
     assert got == [str(number) for number in range(10)]
 
 
-def test_wait_keeps_its_deadline_over_reconnect(
+def test_wait_keeps_its_deadline_across_reconnect(
     server: Server, mq: DSMQClientSideConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def send(link: Connection, data: bytes, seconds: float = 0.0) -> None:

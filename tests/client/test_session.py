@@ -215,7 +215,7 @@ def test_first_message_of_new_epoch_shows_missed_count() -> None:
 # Positions
 
 
-def test_position_is_that_of_last_returned_message() -> None:
+def test_position_refers_to_last_returned_message() -> None:
     session = a_session("e:1", last_id=10)
     assert session.position("t") == "e:1:10"
     reader = session.keep(session.reader("t"))

@@ -58,7 +58,7 @@ def test_messages_come_in_order_of_ids_with_numbers_of_their_topics(peer: Peer) 
     assert peer.missed() == (0, [0, 0, 0])
 
 
-def test_gap_is_missed_in_its_topic_only(peer: Peer, client_clock: ClientClock) -> None:
+def test_gap_counts_as_missed_only_in_its_topic(peer: Peer, client_clock: ClientClock) -> None:
     for topic in "abc":
         peer.put(topic)
     peer.fetch()
@@ -128,7 +128,7 @@ def test_seek_goes_back_without_missing_anything(peer: Peer) -> None:
     assert peer.missed() == (0, [0, 0, 0])
 
 
-def test_seek_back_begins_where_server_says(peer: Peer, client_clock: ClientClock) -> None:
+def test_seek_back_begins_at_position_from_server(peer: Peer, client_clock: ClientClock) -> None:
     for topic in "abcab":
         peer.put(topic)
     peer.reader.seek(0, back=(b"LAST", 2))

@@ -113,7 +113,7 @@ def kill(server: Daemon) -> None:
     server.stop()
 
 
-def test_exactly_once_over_restarts(library: Library, tmp_path: Path) -> None:
+def test_exactly_once_across_restarts(library: Library, tmp_path: Path) -> None:
     snapshot = tmp_path / "snapshot"
 
     def kill_and_forget(server: Daemon) -> None:

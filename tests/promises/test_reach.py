@@ -555,7 +555,7 @@ except OSError as error:
 # Resources of a client
 
 
-def test_idle_connections_of_a_burst_are_closed_but_one(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_but_one_idle_connection_of_a_burst_are_closed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsmq.client.pool.IDLE_SECONDS", 3 * UNIT)
     with connect(port=server.port) as mq:
         for _ in range(2):

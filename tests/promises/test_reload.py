@@ -233,7 +233,7 @@ def test_rules_apply_to_connected_clients_at_once() -> None:
         assert wire.call("READ", "camera/1", 4)[4] > 500_000  # type: ignore[index]
 
 
-def test_max_age_raised_loses_nothing_and_lowered_delivers_nothing_too_old() -> None:
+def test_raising_max_age_loses_nothing_and_lowering_it_delivers_nothing_too_old() -> None:
     with reloading(max_age_seconds=600) as (one, wire), connect(port=one.server.port) as mq:
         mq.get("t")
         wire.call("PUT", "t", "first")

@@ -77,7 +77,7 @@ KINDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("read_first", [2, 4], ids=["read what the snapshot has", "read what was lost"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_missed_counts_expired_messages_over_every_restart(restarted: Restarted, kind: str, read_first: int) -> None:
+def test_missed_counts_expired_messages_across_every_restart(restarted: Restarted, kind: str, read_first: int) -> None:
     how, snapshot, told = KINDS[kind]
     options = ["--snapshot-file", str(restarted.file)] if snapshot else []
     states: list[str] = []
@@ -354,7 +354,7 @@ def test_raised_max_age_applies_to_read_ahead(reloaded: tuple[Daemon, Path]) -> 
         assert mq.missed == 0
 
 
-def test_message_over_lowered_limit_raises_too_big_only_for_itself(
+def test_message_over_lowered_limit_raises_too_big_for_that_message_only(
     reloaded: tuple[Daemon, Path],
 ) -> None:
     states: list[str] = []

@@ -130,9 +130,7 @@ def test_retried_put_of_a_dropped_message_stores_and_drops_nothing(store: Clocke
 
 
 @pytest.mark.parametrize("written", [False, True])
-def test_short_lived_topic_does_not_wait_behind_a_long_lived_one(
-    store: ClockedStore, clock: Clock, written: bool
-) -> None:
+def test_short_lived_topic_does_not_wait_for_long_lived_one(store: ClockedStore, clock: Clock, written: bool) -> None:
     keep(store, TopicRule(b"long", max_age_ms=5 * AGE), TopicRule(b"short", max_age_ms=AGE // 10))
     put(store, b"long", b"l")
     put(store, b"short", b"s")
@@ -199,7 +197,7 @@ def test_topic_that_begins_to_drop_is_logged_once(store: ClockedStore, caplog: p
     assert caplog.messages == ["topic 't' is full: dropping its oldest messages for newer ones"]
 
 
-def test_frames_of_a_camera_stay_within_the_limit(store: ClockedStore, clock: Clock) -> None:
+def test_camera_frames_stay_within_limit(store: ClockedStore, clock: Clock) -> None:
     """0.5 MB, 25 times a second, for two minutes."""
     keep(store, TopicRule(b"camera/*", max_bytes=16_000_000, max_age_ms=5_000, when_full=DROP_OLDEST))
     frame = bytes(500_000)

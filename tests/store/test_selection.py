@@ -208,7 +208,7 @@ class CountingSelection(Selection):
     ("words", "messages", "matching"),
     [([b"t*"], 10_000, 10_000), ([b"t*7", b"t1"], 10_000, 1001), ([b"*7*"], 20_000, 6_878), ([b"x*"], 10_000, 0)],
 )
-def test_one_call_looks_at_few_rows_and_topics(
+def test_one_call_scans_few_rows_and_topics(
     monkeypatch: pytest.MonkeyPatch, words: list[bytes], messages: int, matching: int
 ) -> None:
     """Tests a long millisecond, and topics not matched yet; a call ends at the first check of the time."""

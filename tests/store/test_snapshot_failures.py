@@ -304,7 +304,7 @@ def test_failed_start_after_restore_loses_nothing(file: Path) -> None:
         assert (hello(wire)[b"run"], wire.call("READ", "t", 0)[3]) == (run, b"x")
 
 
-def test_complete_but_unloadable_snapshot_is_refused(
+def test_complete_snapshot_that_does_not_load_is_refused(
     store: ClockedStore, file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(store, b"t", b"x")

@@ -115,7 +115,7 @@ def test_second_ctrl_c_abandons_final_snapshot_with_a_message(file: Path, tmp_pa
         assert wire.call("READ", "t", 1) == []
 
 
-def test_ctrl_c_between_request_and_stop_abandons_and_reports_what_is_lost(
+def test_ctrl_c_between_request_and_stop_abandons_snapshot_and_reports_loss(
     file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with suppress(KeyboardInterrupt), serving(snapshot_file=str(file)) as server, wire_to(server) as wire:

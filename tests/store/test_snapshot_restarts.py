@@ -40,7 +40,7 @@ __all__ = ["file", "store"]
 @pytest.mark.parametrize(
     ("passed", "age_ms"), [(0, 1_000), (5, 6_000), (-3_600, 1_000), (99, 100_000), (99.001, None), (10**9, None)]
 )
-def test_ages_continue_by_wall_clock_over_restart(
+def test_ages_follow_wall_clock_across_restart(
     store: ClockedStore, file: Path, passed: float, age_ms: int | None
 ) -> None:
     put(store, b"t", b"x", b"y")

@@ -277,7 +277,7 @@ def test_restored_messages_are_not_counted_as_put_or_unread(store: ClockedStore,
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_retried_put_over_restart_is_stored_once_or_refused(store: ClockedStore, file: Path, at_once: bool) -> None:
+def test_put_retried_after_restart_is_stored_once_or_refused(store: ClockedStore, file: Path, at_once: bool) -> None:
     count = 3 * producers.MAX_PUTS_OF_PRODUCER
     put_as(store, b"me", *range(count // 2))
     for seq in range(count // 2, count):
@@ -305,7 +305,7 @@ def test_forgotten_producer_is_refused_after_restart(store: ClockedStore, file: 
         other.check_producer(b"forgotten")
 
 
-def test_producer_is_remembered_equally_long_over_restart(store: ClockedStore, file: Path) -> None:
+def test_producer_is_remembered_just_as_long_across_restart(store: ClockedStore, file: Path) -> None:
     store.append([(b"t", b"x", (b"me", 1))])
     act(store, producers.REMEMBER_MS - 10)
     save(store, file)

@@ -71,7 +71,7 @@ def watch(store: ClockedStore) -> list[str]:
 # Ids and numbers
 
 
-def test_ids_increase_over_all_topics_and_numbers_per_topic(store: ClockedStore) -> None:
+def test_ids_increase_across_all_topics_and_numbers_per_topic(store: ClockedStore) -> None:
     assert store.last_id() == 0
     assert store.append([a_put(b"a", b"1"), a_put(b"b", b"2"), a_put(b"a", b"3")]) == [1, 2, 3]
     assert put(store, b"b", b"4") == [4]
