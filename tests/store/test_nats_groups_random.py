@@ -379,3 +379,36 @@ def test_request_under_way_when_the_mirror_begins_again_is_unsure(is_loaded: boo
         server.groups.begin(server.store)
     with pytest.raises(Unsure):
         answer.result(0)
+
+
+def test_all_requests_with_one_token_are_answered_if_there_are_no_jobs() -> None:
+    """A client may have sent its request again while the first was not answered yet."""
+    server = FakeServer(Log(), random.Random(1))
+
+    def take(token: bytes) -> Any:
+        return server.groups.take(Take(KEY, GROUP, Selection([KEY]), 1, 1000, 1000, token, "w", is_waiting=True))
+
+    answers = [take(token) for token in (b"1", b"2", b"2", b"2")]
+    server.deliver(safely=True)
+    server.fold(1)
+    for _ in answers:
+        server.run_posted()
+    assert [answer.result(0) for answer in answers] == [[], [], [], []]
+
+
+def test_many_requests_are_planned_in_slices() -> None:
+    server = FakeServer(Log(), random.Random(1))
+    server.max_message_bytes = 1_000_000
+    server.groups.limits = GroupLimits(max_topic_bytes=512)
+    for _ in range(300):
+        server.log.add((TOPICS[0], b"x", None))
+    server.fold(300)
+    tokens = [b"%d" % number for number in range(300)]
+    answers = [server.groups.take(Take(KEY, GROUP, Selection([KEY]), 1, 1000, 1000, token, "w")) for token in tokens]
+    done = []
+    while len(answers) > sum(done):
+        server.deliver(safely=True)
+        server.fold(1)
+        server.run_posted()
+        done.append(sum(answer.done() for answer in answers if isinstance(answer, Future)) - sum(done))
+    assert max(done) <= 100

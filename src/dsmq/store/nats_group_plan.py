@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # The bytes that a job takes in a fact, without its topic; each byte of a name may take several.
 _JOB_BYTES, _NAME_FACTOR = 80, 6
-# Max jobs in a fact, whatever the engine accepts.
-_MAX_JOBS = 500
+# Max jobs in a fact, whatever the engine accepts: planning or applying it takes up to 2 ms, holding the lock.
+_MAX_JOBS = 100
 
 Version = tuple[int, int]
 """The id of a job, and its version."""
@@ -108,6 +108,10 @@ class Plan(Group):
     _expired: list[Version] = field(default_factory=list)
     _popped: dict[int, HeldJob] = field(default_factory=dict)
     _planned: int = 0
+    _repeated: int = 0
+    """Jobs to give again, or repeatedly."""
+    tokens: set[bytes] = field(default_factory=set)
+    """Those of the requests."""
 
     @classmethod
     def of(cls, group: SharedGroup, max_fact_bytes: int, max_topic_bytes: int) -> Plan:
@@ -127,20 +131,16 @@ class Plan(Group):
     def has_changes(self) -> bool:
         return bool(self.is_use or self._planned or self._skipped or self._expired or any(map(_is_any, self._given)))
 
-    @property
-    def tokens(self) -> set[bytes]:
-        return {given.request.token for given in self._given}
-
     def begin(self, request: Take) -> Take:
         """Record jobs for this request from now on; return it with the number of jobs for which there is room."""
         self._given.append(_Given(request))
+        self.tokens.add(request.token)
         return request._replace(max_jobs=min(request.max_jobs, self.room))
 
     @property
     def room(self) -> int:
         """How many more jobs the fact may contain."""
-        taken = sum([sum(map(len, one.new.values())) + len(one.again) + len(one.repeated) for one in self._given])
-        return max(0, self.max_jobs - taken)
+        return max(0, self.max_jobs - self._planned - self._repeated)
 
     def fact(self) -> tuple[object, ...]:
         given = [one.values() for one in self._given if _is_any(one)]
@@ -175,10 +175,12 @@ class Plan(Group):
     def give(self, job: HeldJob, until: int, now: int, token: bytes, worker: str) -> None:  # noqa: ARG002
         if job.attempt:
             self._given[-1].again.append((job.id, job.version))
+            self._repeated += 1
         job.attempt += 1
 
     def extend(self, job: HeldJob, until: int) -> None:  # noqa: ARG002
         self._given[-1].repeated.append((job.id, job.version))
+        self._repeated += 1
 
     def remove(self, job: HeldJob) -> None:
         self._expired.append((job.id, job.version))

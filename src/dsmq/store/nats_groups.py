@@ -174,7 +174,14 @@ class NATSGroups(GroupFacts, Groups):
         if plan is not None:
             plan.release()
             plan.group.searched = max(plan.group.searched, plan.position)
-        if not lane.queue:
+        self._plan_rest(key, lane)
+
+    def _plan_rest(self, key: Key, lane: _Lane) -> None:
+        """Plan jobs for the requests that are left, if any, in another time slice."""
+        if lane.queue:
+            with suppress(StoreFailed):
+                self._engine.post(partial(self._resume, key))
+        else:
             del self._lanes[key]
 
     def _has_room(self, plan: Plan, request: Take) -> bool:
@@ -246,11 +253,7 @@ class NATSGroups(GroupFacts, Groups):
             else:
                 for asked in given:
                     self._answer(lane, asked, error)
-            if lane.queue:
-                with suppress(StoreFailed):
-                    self._engine.post(partial(self._resume, key))
-            else:
-                del self._lanes[key]
+            self._plan_rest(key, lane)
 
     def _answer(self, lane: _Lane, asked: _Asked, error: Exception | None) -> None:
         if error is None and not (asked.jobs or asked.is_fresh or asked.request.is_waiting):
