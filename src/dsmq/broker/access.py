@@ -66,7 +66,7 @@ class Access:
         return is_open and not (self.authenticator.tokens or self.client_ca_file)
 
     def exposed(self, sockets: Iterable[socket.socket]) -> list[str]:
-        """Return the addresses at which other machines may connect without authentication."""
+        """Return the addresses where other machines may connect without authentication."""
         if self.authenticator.tokens or self.client_ca_file:
             return []
         return [listener.address(sock) for sock in sockets if listener.is_exposed(sock)]

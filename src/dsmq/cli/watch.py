@@ -1,4 +1,4 @@
-"""`dsmq watch`: a display of a server's activity, refreshed like that of `top`."""
+"""`dsmq watch`: shows a server's activity, refreshed like `top`."""
 
 from __future__ import annotations
 

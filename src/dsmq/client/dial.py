@@ -86,7 +86,7 @@ def tls_context(security: Security) -> SSLContext | None:
 
 
 def certified_name(endpoint: Endpoint) -> str:
-    """Return the name for which the server's certificate must be valid."""
+    """Return the name that the server's certificate must be valid for."""
     return endpoint.host or "localhost"
 
 

@@ -174,7 +174,8 @@ class Session:
     def _forget_silent(self, max_age: float) -> None:
         """Forget readers of topics that have had no messages for longer than `max_age`.
 
-        All messages that they have read have expired, so reading such a topic from the start returns only newer ones.
+        All messages that they have read have expired, so reading such a topic from the start returns only newer
+        messages.
         """
         since = boot_time() - _SILENCE_FACTOR * max_age - _SILENCE_SECONDS
         for topic in [topic for topic, reader in list(self._readers.items()) if reader.used_at <= since]:

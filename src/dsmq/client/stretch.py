@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-# Max earlier epochs for which a reader remembers its position.
+# Max earlier epochs whose positions a reader remembers.
 _MAX_POSITIONS = 4
 
 

@@ -69,7 +69,7 @@ class Systemd:
     @contextmanager
     def reloading(self) -> Iterator[None]:
         """Notify systemd that a reload begins, and that it has ended, successfully or not."""
-        # systemd compares this CLOCK_MONOTONIC time with that of its request.
+        # systemd compares this CLOCK_MONOTONIC time with the time of its request.
         self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             yield

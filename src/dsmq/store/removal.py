@@ -69,7 +69,7 @@ class Removals:
     def _begin_removals(self) -> None:
         # When each topic's oldest message expires, and the topic's row.
         self._queue: list[tuple[int, int]] = []
-        # The ages for which the queue was built.
+        # The ages that the queue was built for.
         self._queued_for: tuple[int, Rules | None] = 0, None
         # Topics that have rows whose messages are all dropped.
         self._undeleted: dict[Topic, None] = {}

@@ -22,7 +22,7 @@ class Kept:
     max_messages: int
     max_bytes: int
     max_age_ms: int | None
-    """None: that of the store."""
+    """None: the store's max age applies."""
     drops: bool
     """Whether the topic drops its oldest messages when it is full."""
     pattern: str | None = None

@@ -16,7 +16,7 @@ _START, _END, _ANYWHERE = range(3)
 
 
 class Pattern:
-    """A name with `*`, each of which matches any characters, including none."""
+    """A name that contains `*`. Each `*` matches any characters, including none."""
 
     __slots__ = ("_least", "_middle", "_prefix", "_suffix", "anchor", "text")
 
