@@ -321,6 +321,18 @@ def test_job_goes_to_a_waiting_worker_when_its_lease_ends(threaded: Server) -> N
         assert (reply[1], reply[6]) == (1, 2)
 
 
+def test_job_goes_to_a_waiting_worker_when_a_repeated_take_has_shortened_its_lease(threaded: Server) -> None:
+    with ExitStack() as stack:
+        wire = stack.enter_context(wire_to(threaded))
+        wire.call("PUT", "t", "x")
+        assert ids(call(wire, "TAKE t w 600000 TOKEN mine")) == [1]
+        [worker] = wait_in_turn(threaded, stack, 1, "TAKE t w 60000 WAIT 60000")
+        assert ids(call(wire, "TAKE t w 50 TOKEN mine")) == [1]
+        reply = worker.receive()
+        assert isinstance(reply, list)
+        assert (reply[1], reply[6]) == (1, 2)
+
+
 def test_wait_ends_with_an_empty_reply(wire: Wire) -> None:
     assert call(wire, "TAKE t w 1000 WAIT 1") == []
     assert call(wire, "TAKE t* w 1000 WAIT 1") == []

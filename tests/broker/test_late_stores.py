@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from conftest import SOON, UNIT, daemon, loop_of, serving, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.broker import event_loop as worker
+from dsmq.broker.reads import PendingRead
 from dsmq.client import connect
 from dsmq.errors import Full, ShuttingDown, StoreFailed, Unsure
 from dsmq.server import Server
@@ -271,6 +273,14 @@ def test_wait_that_begins_after_a_half_close_ends_at_once() -> None:
         wait_until(lambda: all(one.transport.eof_received for one in loop_of(server).connections))
         store.starts[0].set_result(0)
         assert wire.ended()
+
+
+def test_read_that_does_not_wait_gets_no_answer_from_a_mirror_that_may_lag() -> None:
+    read = PendingRead(b"t", 0, 1, 1, 0, cast("Any", None))
+    store = cast("Any", SimpleNamespace(read=lambda *_: ["fresh"]))
+    assert read.fetch_once(store, {(b"t", 0, 1, 1): ["of a waiting reader"]}) == ["fresh"]
+    read.registered = True
+    assert read.fetch_once(store, {(b"t", 0, 1, 1): ["of a waiting reader"]}) == ["of a waiting reader"]
 
 
 def test_failed_store_answer_is_reported() -> None:

@@ -192,6 +192,7 @@ class Groups(GroupFigures):
             if message := self._read(group, job):
                 group.extend(job, now + request.lease_ms)
                 jobs.append(Job(job.topic, *message, job.attempt))
+                self.on_available((group.key, group.name))
         return jobs
 
     def _take(self, group: Group, request: Take, now: int) -> list[Job] | None:
