@@ -68,8 +68,8 @@ __all__ = [
 
 Resolve = Callable[..., None]
 
-# Tests that share installations, builds or servers run in one process. By files, because pytest-xdist's marker has no
-# effect with pytest 9.2.
+# Tests that share installations, builds or servers run in one process. They are grouped by file, because
+# pytest-xdist's marker has no effect with pytest 9.2.
 GROUPS = {
     "tests/clients/test_clients.py": "clients",
     "tests/deploy/": "deploy",
@@ -240,20 +240,20 @@ def client(server: Server) -> Iterator[Callable[[], DSMQClientSideConnection]]:
 
 
 def wait_for_stored(server: Server, messages: int) -> None:
-    """Wait until a server counts this many messages: with a shared store, it may answer a put before."""
+    """Wait until a server counts this many messages; with a shared store, it may answer puts earlier."""
     wait_until(lambda: server.status.totals().stored == messages)
 
 
 @pytest.fixture
 def long_linger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give clients plenty of time to hang up after the last reply, no matter how busy the machine is."""
+    """Give clients plenty of time to disconnect after the last reply, however busy the machine is."""
     for module in ("transport", "admission"):
         monkeypatch.setattr(f"dsmq.broker.{module}.LINGER_SECONDS", 10 * SOON)
 
 
 @pytest.fixture
 def replies_after_wrong_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep replying to clients for a long time after a wrong token, no matter how busy the machine is."""
+    """Keep replying to clients for a long time after a wrong token, however busy the machine is."""
     monkeypatch.setattr("dsmq.broker.login.WRONG_TOKEN_SECONDS", 10 * SOON)
 
 

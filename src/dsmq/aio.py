@@ -118,7 +118,7 @@ class AsyncClient(Client):
         return stored_id(put.reply)
 
     async def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
-        """Put several messages in order; returns their ids. Errors count the stored ones: see DSMQError."""
+        """Put several messages in order; returns their ids. An error counts those stored: see DSMQError."""
         pending: deque[asyncio.Future[None]] = deque()
         with PutMany(arguments.topic_name(topic), messages) as puts:
             try:
@@ -340,7 +340,7 @@ class AsyncClient(Client):
                     await self._here().shared.ask_once(call)
 
     def _leave_soon(self, *left: Any) -> None:
-        """Do the same in the client's event loop, if it is running; from any thread."""
+        """Do the same in the client's event loop, if that is running. Thread-safe."""
 
         def begin() -> None:
             with suppress(DSMQError, RuntimeError):

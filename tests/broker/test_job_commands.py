@@ -25,7 +25,7 @@ from security import READER, WRITER, wire_as
 
 @pytest.fixture(autouse=True)
 def all_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Describe groups no matter how long it takes on a busy machine."""
+    """Describe groups however long that takes on a busy machine."""
     monkeypatch.setattr("dsmq.store.group_figures._FIRST_SECONDS", SOON)
 
 
@@ -69,7 +69,7 @@ def wait_in_turn(server: Server, stack: ExitStack, most: int, request: str) -> l
 
 
 def is_silent(wire: Wire) -> bool:
-    """Return whether a wire has no reply yet; its connection has run everything that was sent before."""
+    """Return whether a wire has no reply yet although its connection has run everything that was sent before."""
     wire.socket.setblocking(False)
     try:
         wire.socket.recv(1)
@@ -201,7 +201,7 @@ def test_turn_passes_on_when_a_waiting_worker_disconnects(threaded: Server) -> N
         assert call(wire, "TAKE t w 60000") == []
 
 
-def test_turn_passes_on_past_a_worker_that_ends_before_it_learns_of_its_turn() -> None:
+def test_turn_skips_worker_that_ends_before_it_is_notified() -> None:
     posted: list[object] = []
     connection = cast("Any", SimpleNamespace(loop=SimpleNamespace(post=lambda call: posted.append(call.func.__self__))))
     queues = TakeQueues()
@@ -213,7 +213,7 @@ def test_turn_passes_on_past_a_worker_that_ends_before_it_learns_of_its_turn() -
     assert posted == takes[1:]
 
 
-def test_worker_that_does_not_wait_takes_no_job_from_one_that_does(server: Server, wire: Wire) -> None:
+def test_worker_that_does_not_wait_takes_no_job_from_waiting_worker(server: Server, wire: Wire) -> None:
     with ExitStack() as stack:
         [first] = wait_in_turn(server, stack, 1, "TAKE t w 60000 WAIT 60000")
         wire.send(encode_request(b"PUT", b"t", b"x") + encode_request(b"TAKE", b"t", b"w", b"1000"))
@@ -222,7 +222,7 @@ def test_worker_that_does_not_wait_takes_no_job_from_one_that_does(server: Serve
         assert ids(first.receive()) == [1]
 
 
-def test_repeated_take_gets_its_jobs_before_those_that_wait(threaded: Server) -> None:
+def test_repeated_take_gets_its_jobs_before_waiting_workers(threaded: Server) -> None:
     with ExitStack() as stack:
         wire = stack.enter_context(wire_to(threaded))
         call(wire, "PUT t x")
@@ -254,7 +254,7 @@ def test_long_pattern_is_refused(wire: Wire) -> None:
 
 
 def test_error_on_the_second_try_leaves_no_wait(server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second try follows registration, so that no put is missed in between."""
+    """The second try follows registration, so that a put in between is not missed."""
     groups = server.context.store.groups
     assert groups is not None
     take, calls = groups.take, count()
@@ -386,7 +386,7 @@ def test_too_many_waiting_workers_get_busy() -> None:
 
 
 def test_worker_keeps_its_place_when_its_turn_comes() -> None:
-    """Another client gets the place of the one that has left, not that of the next."""
+    """Another client gets the place of the worker that has left, not the place of the next one."""
     with ExitStack() as stack:
         server = stack.enter_context(serving(max_waiting_readers=2))
         wire, reader = stack.enter_context(wire_to(server)), stack.enter_context(wire_to(server))
@@ -396,7 +396,7 @@ def test_worker_keeps_its_place_when_its_turn_comes() -> None:
 
         def drop_and_claim(connection: Connection) -> None:
             drop(connection)
-            # As early as another client can.
+            # This is the earliest that another client can do so.
             waiting.claim(reader, 1)  # type: ignore[arg-type]
 
         waiting.drop = drop_and_claim  # type: ignore[method-assign]
@@ -409,7 +409,7 @@ def test_worker_keeps_its_place_when_its_turn_comes() -> None:
 # Figures
 
 
-def test_stats_describe_the_groups_of_a_topic(wire: Wire, server: Server) -> None:
+def test_stats_describe_groups_of_topic(wire: Wire, server: Server) -> None:
     assert not [name for name in pairs(wire.call("STATS", "t")) if ":" in name]
     for body in "abc":
         wire.call("PUT", "t", body)

@@ -1,6 +1,7 @@
-"""Checks what is promised to workers on a history of their jobs. Does no input or output.
+"""Checks the promises to workers against a history of their jobs. Does no input or output.
 
-A kill makes the server forget what it did since the last snapshot. What workers saw before it explains nothing then.
+A killed server forgets what it did since its last snapshot, so what workers saw before the kill proves nothing
+afterwards.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from itertools import combinations, pairwise
 from chaos.checker import AGE_SLACK_SECONDS, Check, Violation
 from chaos.history import History, JobFailed, NoJob, Put, Sent, Settled, Taken
 
-# A lease may end this much too early, because of rounding to milliseconds.
+# How much too early a lease may end, because times are rounded to milliseconds.
 LEASE_SLACK_SECONDS = 0.01
 # How long a job may be available while a worker waits for one.
 IDLE_SLACK_SECONDS = 1.0
@@ -104,22 +105,23 @@ class _JobCheck:
     # Kills
 
     def _forgotten(self, event: Taken | Settled, later: float) -> bool:
-        """Return whether the server may have forgotten an event by then."""
+        """Return whether the server may have forgotten an event by that time."""
         return any(event.began < kill.ended < later and event.ended > kill.kept_until for kill in self.kills)
 
     def _collides(self, one: Taken, taken: Iterable[Taken]) -> bool:
-        """Return whether a worker had the same receipt before a kill; the server takes its word for this worker's."""
+        """Return whether a worker had the same receipt before a kill, so that the server takes it for this worker."""
         others = (other for other in taken if other.attempt == one.attempt and other.worker != one.worker)
         return any(self._forgotten(other, one.ended) for other in others)
 
     # Leases
 
     def _held_until(self, taken: Taken, settled: list[Settled], at: float) -> float:
-        """Return until when a worker has a job for itself, as far as it knows at a time, unless it ends that itself."""
+        """Return until when a worker holds a job, as far as it knows at a time, unless it ends the job itself."""
         until = taken.sent + taken.lease
         for one in settled:
             if one.verb == "extend" and one.began <= at and _is_of(one, taken):
-                # JOBLOST may answer its repetition, after a lost reply and the end of the lease that it made shorter.
+                # JOBLOST may answer a repetition, if the first reply was lost, and the lease that the request shortened
+                # has ended.
                 is_sure = one.reply != "JOBLOST" and one.ended <= at and not self._forgotten(one, math.inf)
                 until = one.began + one.seconds if is_sure else min(until, one.began + one.seconds)
         return until - LEASE_SLACK_SECONDS
@@ -136,7 +138,7 @@ class _JobCheck:
                 yield Violation("two at once", "a job is given again within its lease", (one, two))
 
     def _after_done(self, taken: list[Taken], settled: list[Settled]) -> Iterator[Violation]:
-        """A job that is done is neither given nor done again, and not by a worker that has lost it."""
+        """A job that is done is neither given nor done again, and is not done by a worker that has lost it."""
         if any(self._forgotten(one, math.inf) for one in taken):
             taken, forgotten = [one for one in taken if not self._collides(one, taken)], True
         else:
@@ -176,9 +178,9 @@ class _JobCheck:
     # Attempts
 
     def _attempts(self, key: Key) -> Iterator[Violation]:
-        """Attempts count up by one. One that nobody got belongs to a TAKE whose reply nobody got."""
+        """Attempts increase by one. An attempt that nobody got belongs to a TAKE whose reply was lost."""
         if self.history.has_holes:
-            # The server gives jobs to connections that it does not know to be lost.
+            # The server may give jobs to connections that are lost without its knowledge.
             return
         unanswered = [one for one in self.sent[key] if self._is_unanswered(one, key)]
         missing: list[Taken] = []
@@ -194,7 +196,7 @@ class _JobCheck:
             yield Violation("attempt", f"{key}: {len(missing)} attempts are unknown, not {capacity}", (missing[0],))
 
     def _is_unanswered(self, sent: Sent, key: Key) -> bool:
-        """Return whether jobs may have been given to this request, although nobody knows of them."""
+        """Return whether jobs may have been given to this request without anybody knowing."""
         answer = self._answers(key).get(sent.token)
         if answer is None:
             return True
@@ -226,14 +228,14 @@ class _JobCheck:
                 return
 
     def _idle(self, key: Key) -> Iterator[Violation]:
-        """While a worker waits, no job is left lying."""
+        """While a worker waits, no available job is left waiting."""
         empties = [one for one in self.empty[key] if one.wait > IDLE_SLACK_SECONDS]
         if not empties or self.kills:
             return
         for body, taken in self.taken[key].items():
             put, one = self.store.puts.get(body), min(taken, key=lambda one: one.attempt)
             if put is None or put.id is None or one.attempt > 1:
-                # Somebody had it before.
+                # Another worker had it before.
                 continue
             for empty in empties:
                 # It ends early if the server is stopped.

@@ -23,7 +23,7 @@ _end_leases, _remove, _put_back = Group.end_leases, TakeQueues.remove, Group.put
 
 
 def leases_end_soon() -> None:
-    """Not a defect: a lease lasts only a second after a restart, so that the jobs of lost workers are given again."""
+    """Not a defect: after a restart, leases last only a second, so that the jobs of lost workers are given again."""
     groups.LEASE_AFTER_RESTART_MS = 1_000
 
 
@@ -52,7 +52,7 @@ def loses_returned_jobs() -> None:
 
 
 def accepts_any_attempt() -> None:
-    """A worker that has lost a job may end it."""
+    """A worker that has lost a job can end it."""
     Group.is_current = lambda group, receipt: receipt.id in group.jobs  # type: ignore[method-assign]
 
 
@@ -76,7 +76,7 @@ def forgets_held_jobs() -> None:
 
 
 def forgets_positions() -> None:
-    """After a restart, a group begins anew."""
+    """After a restart, a group begins from the start."""
 
     def copy(self: Groups) -> list[Batch]:
         return [
@@ -98,7 +98,7 @@ def skips_jobs() -> None:
 
 
 def wakes_nobody() -> None:
-    """When a waiting worker got a job, it is no one's turn."""
+    """After a waiting worker has got a job, no other worker's turn comes."""
     PendingTake.come_first = lambda *_: None  # type: ignore[method-assign]
 
 
@@ -121,7 +121,7 @@ def gives_done_jobs() -> None:
 
 
 def forgets_done_jobs() -> None:
-    """DONE that is sent again finds the job lost."""
+    """A repeated DONE is told that the job is lost."""
 
     def finish(group: Group, receipt: Receipt, max_done: int) -> None:
         _finish(group, receipt, max_done)
@@ -148,7 +148,7 @@ def never_fails() -> None:
 
 
 def answers_refused_plans() -> None:
-    """A server gives jobs although another one was first."""
+    """A server gives jobs although another server was first."""
     finish = GroupFacts._finish
 
     def accept(self: GroupFacts, name: str, error: Exception | None) -> None:
@@ -158,7 +158,7 @@ def answers_refused_plans() -> None:
 
 
 def ignores_versions() -> None:
-    """A job is given again although it was meanwhile given by another server."""
+    """A job is given again although another server has given it meanwhile."""
     unfit = SharedGroup.unfit
 
     def exists(group: SharedGroup, versions: Iterable[tuple[int, int]]) -> bool:

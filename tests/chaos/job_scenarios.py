@@ -35,11 +35,11 @@ SHAPES: list[Callable[[WorkerJob], WorkerJob]] = [
     lambda job: replace(job, kind="task"),
 ]
 WORKERS = len(SHAPES)
-# A client that loses its server for so long gives up waiting for a reply.
+# After waiting this long for a reply, a client considers the connection lost.
 BRIEF_SECONDS = 0.6
-# Once the faults have ended, jobs are given up if there was none for so long: far more than the longest lease.
+# Once the faults have ended, workers stop if there was no job for this long, which is far more than the longest lease.
 DRAIN_SECONDS = 8.0
-# Bytes of HELLO with a request of a worker, and of their replies; a little more.
+# A little more than the bytes of HELLO with a worker's request, and of their replies.
 OFFSETS: tuple[tuple[Side, int], ...] = (("request", 260), ("reply", 600))
 MAX_ATTEMPTS = 3
 MAX_AGE_SECONDS = 2.0
@@ -48,7 +48,7 @@ READ_FIELDS = 5
 
 @contextmanager
 def working(stage: Stage, *ports: int, groups: Sequence[tuple[str, str]] = GROUPS, **about: object) -> Iterator[None]:
-    """Put jobs, and let workers in threads do them. In the end, all are to be done.
+    """Put jobs, and let workers in threads do them. In the end, all must be done.
 
     If several servers share a store, `ports` are theirs, and clients begin with different ones.
     """
@@ -85,7 +85,7 @@ def putting(stage: Stage, *ports: int) -> Iterator[None]:
 
 def drain(stage: Stage, port: int, groups: Sequence[tuple[str, str]] = GROUPS) -> None:
     """Do the jobs that are left."""
-    # The life of the server that still runs shows which puts were lost with the one before.
+    # The life of the running server shows which puts were lost with the previous one.
     history = History(stage.history.max_age, events=[*stage.history.events, *(lives.server for lives in stage.servers)])
     for key, group in groups:
         worker = Worker(WorkerJob(f"last-{key}-{group}", key, group, port, ratios={}), stage.history.add)
@@ -93,7 +93,7 @@ def drain(stage: Stage, port: int, groups: Sequence[tuple[str, str]] = GROUPS) -
         expired_at = max([put.ended for put in puts], default=0.0) + history.max_age
         until, failed = time.monotonic() + DRAIN_SECONDS, list[JobFailed]()
         left = {put.body for put in puts}
-        # Once after they have expired, to show it.
+        # Read once more after they have expired, to show that they have.
         began = 0.0
         while left and began < min(until, expired_at):
             began = time.monotonic()
@@ -114,7 +114,7 @@ def _failed(peer: Wire, topic: str) -> list[JobFailed]:
 
 
 def workers(stage: Stage) -> None:
-    """No faults but those of workers that return jobs, forget them, or take longer than their lease."""
+    """The only faults are workers that return jobs, forget them, or take longer than their lease."""
     with working(stage, stage.lives().port):
         stage.pause(2, 1)
 
@@ -238,16 +238,16 @@ def workers_interrupted(stage: Stage) -> None:
 
 
 def workers_interrupted_at_every_line(stage: Stage) -> None:
-    """The same at one line of dsmq after another."""
+    """The same, at one line of dsmq after another."""
 
     def wait(lives: Lives, children: list[subprocess.Popen[str]], start: Callable[[], None]) -> None:
-        # Not to the last line, if the machine is slow.
+        # On a slow machine, it may not get to the last line.
         reached(lambda: all(child.poll() is not None for child in children), stage.size(20.0, 10.0))
 
     shape = WorkerJob("", "", "", kind="take", ratios={"return": 0.3, "extend": 0.3}, leases=(2.0,), waits=(0.0, 0.05))
     _in_processes(stage, wait, [replace(shape, work_seconds=0.0, step=stage.size(3, 29))])
     sent = [one.token for one in stage.history.of(Sent)]
-    # Without those of other calls than `take`.
+    # Omit those of calls other than `take`.
     stage.faults["interrupt"] += len(sent) - len(set(sent))
 
 
@@ -262,7 +262,7 @@ def workers_with_commands(stage: Stage) -> None:
         name = f"command-{len(started)}"
         now, log, said = time.monotonic(), stage.folder / f"{name}.log", stage.folder / f"{name}.err"
         started.append((now, log, said))
-        # Any job may have been taken, although no command knows of it.
+        # Any job may have been taken without any command knowing.
         stage.history.add(Sent(name, key, group, name, now, 0.0, count=10_000))
         words = ["work", "--port", str(lives.port), "--group", group, "--lease", "0.4s", "--delay", "0.1s", key, "--"]
         command = [sys.executable, str(TESTS / "chaos" / "commands.py"), name, key, group, str(log)]
@@ -293,13 +293,13 @@ def workers_with_commands(stage: Stage) -> None:
 
 
 def _with_replies(began: float, log: Path, said: str) -> Iterator[Event]:
-    """Return a command's jobs. Once it has another one, the one before is done, or it has reported otherwise."""
+    """Return a command's jobs. Once it has the next one, the previous one is done, unless it has reported otherwise."""
     history = History()
     if log.exists():
         history.load(log)
     for one, following in pairwise([*history.events, None]):
         if isinstance(one, Taken):
-            # It was requested after the last one was done.
+            # It was requested after the previous one was done.
             yield replace(one, began=began, sent=began)
         elif isinstance(one, Settled):
             began = one.began

@@ -34,7 +34,7 @@ def sharing(
 
 
 def shared_workers(stage: Stage) -> None:
-    """No faults but those of workers that return jobs, forget them, or take longer than their lease."""
+    """The only faults are workers that return jobs, forget them, or take longer than their lease."""
     cluster = stage.cluster()
     with sharing(stage, cluster):
         stage.pause(3, 1)
@@ -43,7 +43,7 @@ def shared_workers(stage: Stage) -> None:
 def workers_and_servers_killed(stage: Stage) -> None:
     """A server is killed, and started again."""
     cluster = stage.cluster()
-    # A request that was sent to a server that dies may be under way.
+    # A request that was sent to the dying server may be in flight.
     with sharing(stage, cluster):
         for _ in range(stage.size(3, 2)):
             stage.pause(1.5, 0.7)

@@ -161,7 +161,7 @@ def test_checker_finds_each_violation(name: str) -> None:
     assert kinds(*events) == sorted(wanted)
 
 
-def test_each_group_has_to_do_all_jobs() -> None:
+def test_each_group_must_do_all_jobs() -> None:
     history = History(events=[SERVER, put(1), put(2, topic="other"), *done(1, 2.0)])
     assert unfinished(history, ("t", "g")) == []
     assert [one.body for one in unfinished(history, ("t", "h"))] == ["p 1"]

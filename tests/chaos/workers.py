@@ -38,7 +38,8 @@ LOOP_SECONDS, LOOP_LEASE = 0.2, 0.6
 METHODS = ("take", "done", "return", "extend")
 # How often calls of tasks are cancelled, and within how many seconds.
 CANCELLED_RATIO, CANCEL_WITHIN = 0.3, 0.003
-# How often a worker gives a job back, extends its lease, works beyond its lease, and forgets it; else it is done.
+# How often a worker gives a job back, extends its lease, works beyond its lease, or forgets it; otherwise, it finishes
+# the job.
 RATIOS = {"return": 0.06, "extend": 0.05, "late": 0.04, "forget": 0.01}
 
 T = TypeVar("T")
@@ -46,7 +47,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What a worker is to do."""
+    """What a worker has to do."""
 
     name: str
     key: str
@@ -236,7 +237,7 @@ class TakingWorker(Worker):
         calls.line, calls.left = self._lines.setdefault(verb, first) if self._is_new else 0, 0
         result = calls.run(call)
         if calls.left > 0:
-            # It has fewer lines.
+            # The call has fewer lines.
             self._lines[verb] = 0
             self.is_finished = len(self._lines) == len(METHODS) and not any(self._lines.values())
         elif calls.line:
@@ -322,7 +323,7 @@ class TaskWorker(TakingWorker):
 
 
 class LostJobs(logging.Handler):
-    """Notes which job a loop has reported as lost."""
+    """Records which job a loop has reported as lost."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -357,7 +358,7 @@ class LoopingWorker(TakingWorker):
             # The loop does not try to finish a job that it knows to be lost.
             self._is_returned = replied and (verb == "return" or self._is_lost)
             if verb == "return" and not self._is_returned:
-                # Whether it is done next, is unknown.
+                # It is unknown whether it is done next.
                 self._log(self._done(taken))
                 self._is_returned = True
             return self._is_returned
@@ -404,7 +405,7 @@ class WorkerOrders:
 def main() -> int:
     values = json.loads(sys.argv[1])
     orders = WorkerOrders(WorkerJob(**values.pop("job")), **values)
-    # Written at once, because the process may be killed.
+    # Write it at once, because the process may be killed.
     file = os.open(orders.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     calls = TracedCalls() if orders.job.step else Calls()
     calls.catch_interrupts()

@@ -108,7 +108,7 @@ def test_loop_finishes_each_job_when_next_is_requested() -> None:
     assert work.hand_out().id == 1
     assert answer(work, b"OK") == [[b"DONE", b"t", b"w", b"1", b"1"]]
     assert work.hand_out().id == 2
-    # Together with the next take, in one packet.
+    # DONE is sent together with the next TAKE, in one packet.
     assert [words[0] for words in answer(work, b"OK", [])] == [b"DONE", b"TAKE"]
     assert work.hand_out() is None
 
@@ -129,7 +129,7 @@ def test_job_taken_in_advance_is_extended_or_dropped_when_its_turn_comes(monkeyp
     assert answer(work, b"OK", [])[1][0] == b"TAKE"
 
 
-def test_only_the_take_is_sent_again_once_the_job_before_is_done() -> None:
+def test_only_take_is_resent_once_previous_job_is_done() -> None:
     work = Work(Stub(), "t", "w", math.inf, 60.0)
     answer(work, replies(("t", 1, b"x", 1)))
     work.hand_out()
@@ -144,8 +144,8 @@ def test_only_the_take_is_sent_again_once_the_job_before_is_done() -> None:
     assert call.replies == 1
 
 
-def test_job_taken_while_the_one_before_is_refused_is_given_next() -> None:
-    """The job before stays unfinished, and its DONE is sent again."""
+def test_job_taken_while_previous_one_is_refused_is_given_next() -> None:
+    """The previous job stays unfinished, and its DONE is sent again."""
     work = Work(Stub(), "t", "w", 0.0, 60.0)
     answer(work, replies(("t", 1, b"x", 1)))
     work.hand_out()
@@ -171,7 +171,7 @@ def test_interrupted_take_leaves_its_token_to_the_next(step: str) -> None:
     work.interrupted(is_over=True)
     # For the same topic, group and count.
     assert answer(Work(stub, "t", "other", 0.0, 60.0), [])[0][-1] != token
-    # Two at the same time get different tokens.
+    # Two takes at the same time have different tokens.
     two = [Work(stub, "t", "w", 0.0, 60.0) for _ in range(2)]
     calls = [work.calls() for work in two]
     assert [request(next(call).request(PRODUCER))[-1] == token for call in calls] == [True, False]
@@ -187,7 +187,7 @@ def test_interrupted_loop_hands_out_the_same_job_again() -> None:
     assert work.hand_out().id == 1
     work.begin()
     work.interrupted()
-    # Now it is finished, though DONE was interrupted.
+    # Now it is finished, although DONE was interrupted.
     assert answer(work, b"OK", [])[0][0] == b"DONE"
 
 
@@ -329,7 +329,7 @@ def test_take_waits_for_put(mq: Client, other: Client) -> None:
     mq.done(job)
 
 
-def test_job_is_lost_with_the_messages_of_a_server_although_its_id_is_used_again() -> None:
+def test_job_of_lost_messages_is_lost_even_if_its_id_is_reused() -> None:
     with ExitStack() as clients:
         with serving() as server:
             mq = clients.enter_context(connect(port=server.port))
@@ -610,7 +610,7 @@ def test_job_of_call_interrupted_at_any_line_is_given_at_once(
             job = steps.run(lambda: CALLS[call](mq, loop), step)
         except Interrupted:
             interrupted += 1
-            # By the token, or the loop, it gets the same job.
+            # It gets the same job, because of the token or the loop.
             job = CALLS[call](mq, loop)
         assert (job.text, job.attempt) == (str(step), 1), step
         if call != "next":
@@ -650,7 +650,7 @@ def test_signal_handler_may_take_jobs_at_any_line(mq: Client, other: Client, tra
 def test_loop_interrupted_at_any_line_loses_no_job(
     server: Server, other: Client, traced: None, prefetch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its jobs are given to another worker as soon as the loop and the client have been closed."""
+    """Another worker gets its jobs as soon as the loop and the client have been closed."""
     monkeypatch.setattr("sys.unraisablehook", lambda _: None)
     step, ended, kept = 0, False, 0
     while not ended:
@@ -667,7 +667,7 @@ def test_loop_interrupted_at_any_line_loses_no_job(
             with suppress(Interrupted):
                 steps.run(work, step)
             ended = steps.ended_before
-            # A take whose reply was lost has left its token.
+            # A take whose reply was lost leaves its token to the next.
             tokens = mq._session.jobs and any(next(iter(mq._session.jobs.values())).tokens.values())
             left = [job.text for job in mq.work("t", timeout=0, lease=100 * SOON, prefetch=prefetch)] if tokens else []
         left += [text for text, _ in texts(other)]
@@ -737,7 +737,7 @@ def test_asyncio_loop_that_is_left_gives_its_jobs_back(server: Server, mq: Clien
             await asyncio.wait([task])
             with suppress(ZeroDivisionError, asyncio.CancelledError):
                 await task
-        # In a thread, because the event loop may still have to give them back.
+        # Use a thread, because the event loop may still have to give them back.
         got = await asyncio.to_thread(lambda: [mq.take("t", timeout=SOON) for _ in range(2)])
         assert [(job.text, job.attempt) for job in got] == [("1", 2), ("2", 2)]
 
@@ -746,7 +746,7 @@ def test_asyncio_loop_that_is_left_gives_its_jobs_back(server: Server, mq: Clien
 
 @pytest.mark.embedded("a take that is answered within a few iterations of the event loop")
 def test_cancelled_asyncio_take_leaves_its_job_to_the_next(server: Server, mq: Client) -> None:
-    """Cancelled after any number of iterations of the event loop."""
+    """The take is cancelled after any number of iterations of the event loop."""
 
     async def scenario(one: AsyncClient) -> None:
         got = 0
@@ -772,7 +772,7 @@ def test_cancelled_asyncio_take_leaves_its_job_to_the_next(server: Server, mq: C
 
 
 def test_asyncio_loop_cancelled_after_any_number_of_iterations_loses_no_job(server: Server, mq: Client) -> None:
-    """Each step finishes the job before, and takes the next one."""
+    """Each step finishes the previous job, and takes the next one."""
 
     async def scenario(one: AsyncClient) -> None:
         loop, got = one.work("t", lease=100 * SOON), 0

@@ -57,7 +57,7 @@ def test_messages_of_matching_topics_are_counted(store: ClockedStore, topics: in
     assert states(store) == (1, 2 * topics, 0)
 
 
-def test_number_waiting_for_a_pattern_of_too_many_topics_is_at_most_all_messages_since(store: ClockedStore) -> None:
+def test_waiting_count_of_pattern_with_too_many_topics_is_at_most_all_later_messages(store: ClockedStore) -> None:
     for number in range(MAX_MATCHES + 100):
         put(store, b"t/%d" % number, b"x")
     taken = len(take(store, b"t/*", 100))
@@ -129,7 +129,7 @@ def test_sums_over_all_groups_never_fall(store: ClockedStore, clock: Clock, tmp_
     assert store.groups.count == 0
     assert (store.groups.counts().taken, store.groups.counts().done) == (4, 4)
     with restored(file) as other:
-        # They are of this server, from its start.
+        # They are counted by this server, since its start.
         assert (other.groups.count, other.groups.counts().taken) == (2, 0)
         put(other, b"t", b"x")
         take(other, group=b"one")
@@ -140,7 +140,7 @@ def test_sums_over_all_groups_never_fall(store: ClockedStore, clock: Clock, tmp_
 def test_figures_of_many_groups_take_locks_for_a_short_time(
     store: ClockedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few topics are matched for each group, if the time is over at the first check."""
+    """If the time is over at the first check, few topics are matched for each group."""
     matches, matched = Selection.matches, 0
 
     def count(selection: Selection, name: bytes) -> bool:

@@ -367,7 +367,7 @@ def test_finished_jobs_of_many_groups_refuse_no_others(store: ClockedStore, monk
     for number in range(10):
         while jobs := take(store, group=b"%d" % number):
             done(store, *jobs, group=b"%d" % number)
-    # The share of each group is that of the groups there were when it was last used.
+    # The share of a group depends on how many groups there were when it was last used.
     assert sum(len(group.done) for group in store.groups._groups.values()) <= sum(5 + 100 // n for n in range(1, 11))
 
 
@@ -536,7 +536,7 @@ class GroupAndModel(RuleBasedStateMachine):
         try:
             call(*arguments)  # type: ignore[operator]
         except JobLost:
-            # A group that was not used for long is forgotten, and so are jobs that expired.
+            # A group that has not been used for long is forgotten, as are jobs that have expired.
             assert not is_current or self.clock.now - self.put_at[receipt.id] > 10_000
             return False
         assert is_current or receipt.id in self.done

@@ -71,7 +71,7 @@ def keyed(topic: bytes, body: bytes, seq: int, producer: bytes = b"p") -> Put:
 
 
 def read(store: NATSStore, topic: bytes, after: int = 0) -> list[Message]:
-    """Read until there are no more messages: a mirror that has some may lack the last ones."""
+    """Read until there are no more messages, because a mirror that has some may lack the last ones."""
     found: list[Message] = []
     while more := value(store.read(topic, found[-1].id if found else after, 1000, 1_000_000)):
         found += more
@@ -271,7 +271,7 @@ def test_puts_together_are_stored_with_consecutive_ids(stores: Stores) -> None:
 def test_put_repeated_together_gets_the_first_id(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = stores(), stores()
     [first] = value(one.append([keyed(b"t", b"1", 1)]))
-    # As if the mirror lagged.
+    # Pretend that the mirror lags.
     monkeypatch.setattr(other.mirror.store, "check", lambda puts: [None] * len(puts))
     puts = [keyed(b"t", b"1", 1), keyed(b"t", b"2", 2), (b"u", b"x", None), keyed(b"t", b"2", 2)]
     known, *new, repeated = value(other.append_together(puts))
@@ -292,7 +292,7 @@ def test_mirror_has_puts_together_when_they_are_answered(stores: Stores) -> None
     assert store.mirror.store.last_id() >= ids[1]  # type: ignore[operator]
 
 
-def test_last_id_is_that_of_the_last_put_although_the_mirror_lags(stores: Stores) -> None:
+def test_last_id_is_id_of_last_put_even_if_mirror_lags(stores: Stores) -> None:
     store = stores()
     lag(store)
     assert put(store, b"t", b"x") == [store.last_id()]
@@ -531,7 +531,7 @@ def test_puts_made_without_an_engine_are_stored_when_it_is_back(tmp_path: Path, 
         node.start()
         first, second = value(answer)
         assert [message[:2] for message in read(store, b"t")] == [(first, 1), (second, 2)]
-        # It was not split: one by one, many puts would take long.
+        # The batch was not split; one by one, many puts would take long.
         assert store.publisher.split == 0
 
 

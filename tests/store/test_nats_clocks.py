@@ -38,7 +38,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 @pytest.mark.parametrize("shift", ["+1h", "-1h"])
 def test_wrong_clock_of_a_server_changes_no_age(node: Engine, shift: str) -> None:
-    # Not run through the program, because that would be stopped instead of the server.
+    # Don't run the server through the program, which would be stopped instead of the server.
     tool("faketime", "faketime")
     [library] = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
     env = {"LD_PRELOAD": str(library), "FAKETIME": shift}
@@ -113,7 +113,7 @@ def test_wrong_clocks_of_nodes_change_nothing_while_the_leader_stays(
                 seen = messages(new(stream))
                 known = messages(first)
                 assert max(one.age_ms for one in seen + known) < SHORT_AGE_MS + 1000 * MARGIN_SECONDS
-                # What is not about to expire.
+                # Count only messages that are not about to expire.
                 young = [one.id for one in known if one.age_ms < SHORT_AGE_MS / 2 and one.id <= seen[-1].id]
                 assert young
                 assert [one[:2] for one in seen if one.id >= young[0]] == [one[:2] for one in known if one.id in young]

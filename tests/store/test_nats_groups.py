@@ -31,7 +31,7 @@ def take(store: NATSStore, key: bytes = b"t", count: int = 1, **options: Any) ->
     defaults = {"group": W, "lease_ms": LONG, "token": b"", "worker": "w", "max_bytes": 100_000}
     request = Take(key=key, selection=Selection([key]), max_jobs=count, **{**defaults, **options})
     if count > 1:
-        # All at once, no matter how busy the machine is.
+        # All at once, however busy the machine is.
         store.groups.slice_seconds = SOON
         wait_until(lambda: store.mirror.store.last_id() >= store.publisher.last_id)
     while True:
@@ -40,7 +40,7 @@ def take(store: NATSStore, key: bytes = b"t", count: int = 1, **options: Any) ->
 
 
 def take_all(store: NATSStore, key: bytes) -> list[Job]:
-    """Take until there are no more jobs: a mirror that has some messages may lack the last ones."""
+    """Take until there are no more jobs, because a mirror that has some messages may lack the last ones."""
     return [job for jobs in iter(lambda: take(store, key, 9), []) for job in jobs]
 
 
@@ -53,7 +53,7 @@ def done(store: NATSStore, jobs: Sequence[Job], key: bytes = b"t") -> None:
 
 
 def view(store: NATSStore) -> list[Any]:
-    """What a server knows of all groups, but for times."""
+    """What a server knows about all groups, except times."""
     return [
         (
             *(group.key, group.name, group.position, group.changed_by, group.counts, group.done, group.numbers),
@@ -263,7 +263,7 @@ def test_messages_that_expire_untaken_are_counted_alike(stores: Stores) -> None:
         done(one, lost)
 
 
-def test_limits_are_judged_once_the_mirror_is_up_to_date(stores: Stores) -> None:
+def test_limits_are_checked_once_mirror_is_up_to_date(stores: Stores) -> None:
     one, other = stores(), stores()
     for server in (one, other):
         server.groups.limits = GroupLimits(max_groups=1, max_jobs_in_flight=2)
@@ -321,7 +321,7 @@ def test_group_in_use_is_not_forgotten(stores: Stores) -> None:
             server.groups.expire()
         time.sleep(0.05)
     assert one.groups.count == other.groups.count == 1
-    # Once per part of max_age, not for each request.
+    # It is kept once per part of max_age, not for each request.
     assert one.last_id() < 20
 
 
@@ -364,7 +364,7 @@ def test_full_stream_refuses_takes_and_ends_of_jobs_until_there_is_room(stores: 
         for request in (take, lambda server: done(server, jobs)):
             with pytest.raises(Full):
                 request(server)
-    # That needs no fact.
+    # This needs no fact.
     with pytest.raises(JobLost):
         done(other, [jobs[0]._replace(attempt=9)])
     in_engine(stores.servers, partial(limit, on=False))

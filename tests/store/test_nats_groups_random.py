@@ -36,7 +36,7 @@ class Log:
     """The stream, which all servers agree on."""
 
     entries: list[tuple[Entry, int]] = field(default_factory=list)
-    """Each with the time when it was stored."""
+    """The entries, each with the time at which it was stored."""
     keys: dict[tuple[bytes, int], int] = field(default_factory=dict)
     now: int = 10_000
 
@@ -73,7 +73,7 @@ class FakeServer:
         store._clock = lambda: self.log.now + self.clock_ahead
         return store
 
-    # What groups need of a store
+    # What groups need from a store
 
     def publish_job_fact(self, fact: bytes, answer: Future[list[Outcome]]) -> None:
         self.sent.append((fact, answer))
@@ -119,7 +119,7 @@ class FakeServer:
         """Apply the next entries of the log."""
         for entry, stored_at in self.log.entries[self.position : self.position + count]:
             self.position += 1
-            # Live: it is as old as it is here. Otherwise, by the engine's clock.
+            # A live entry is as old as it is here; the age of others is by the engine's clock.
             age_ms = self.log.now - stored_at if self.is_late else 0
             if isinstance(entry, bytes):
                 self.groups.apply(entry, self.position, age_ms)
@@ -173,11 +173,11 @@ class Held:
     sent: int
     lease_ms: int
     until: int
-    """As far as the worker knows."""
+    """A job, as far as the worker knows."""
 
 
 class World:
-    """Servers and their workers, with what is true of the jobs."""
+    """Servers and their workers, and the true state of the jobs."""
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
@@ -186,7 +186,7 @@ class World:
         self.held: list[Held] = []
         self.given: dict[tuple[int, int], bytes] = {}
         self.ends: dict[int, int] = {}
-        """Until when the last worker of a job has it for itself."""
+        """Until when the last worker of a job holds it."""
         self.put_ids: set[int] = set()
         self.done: dict[int, int] = {}
         self.tokens = 0
@@ -235,7 +235,7 @@ class World:
             try:
                 check(result)
             except AssertionError as error:
-                # A future ignores it.
+                # A future ignores a second result.
                 self.violations.append(error)
 
         try:
@@ -250,7 +250,7 @@ class World:
 
     def _on_taken(self, server: FakeServer, token: bytes, sent: int, lease: int, found: Any) -> None:
         if isinstance(found, Unsure) and self.chance.random() < 0.7:
-            # Again, perhaps at another server.
+            # Send it again, perhaps to another server.
             self.chance.choice(self.servers).post(lambda: self.take(self.chance.choice(self.servers), token))
         for job in [] if isinstance(found, Exception) else found or []:
             self.answers["taken"] += 1
@@ -314,7 +314,7 @@ class World:
         self.held = [one for one in self.held if one is not held]
 
     def settle_all(self) -> None:
-        """Let all servers have everything."""
+        """Bring all servers up to date."""
         for _ in range(50):
             for server in self.servers:
                 while server.sent:

@@ -35,7 +35,7 @@ def start_server(host: Host, store: str) -> Daemon:
 
 
 @pytest.mark.slow
-def test_clients_go_on_when_cables_are_pulled(tmp_path: Path) -> None:
+def test_clients_continue_when_cables_are_pulled(tmp_path: Path) -> None:
     with ExitStack() as stack:
         *machines, here = stack.enter_context(hosts(6))
         stack.enter_context(here.inside())
@@ -65,7 +65,7 @@ def test_clients_go_on_when_cables_are_pulled(tmp_path: Path) -> None:
             traffic.await_progress()
 
 
-def test_node_that_does_not_answer_is_passed_over(stores: Stores) -> None:
+def test_node_that_does_not_answer_is_skipped(stores: Stores) -> None:
     store = stores()
     stream = store.stream
 

@@ -49,7 +49,7 @@ def test_retried_put_stored_twice_by_engine_gets_first_id(stores: Stores, monkey
     [first] = value(store.append([keyed(b"t", b"x", 1)]))
     put(store, b"t", b"y")
     time.sleep(1.5)
-    # As if the mirror lagged.
+    # Pretend that the mirror lags.
     monkeypatch.setattr(store.mirror.store, "check", lambda puts: [None] * len(puts))
     assert value(store.append([again(1), again(2)]))[0] == first
     # The engine answers with the id of the second copy.

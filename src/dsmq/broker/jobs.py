@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 MAX_LEASE_MS = 86_400_000
 MAX_JOBS = 1_000
-# When a waiting TAKE tries again if a limit on jobs was reached.
+# After how long a waiting TAKE tries again if a limit on jobs was reached.
 _FULL_RETRY_SECONDS = 1.0
 _NO_REQUEST = Take(b"", b"", Selection(()), 0, 0, 0, b"", "")
 
@@ -66,10 +66,10 @@ class TakeQueues:
             return len(queue) == 1
 
     def remove(self, pending: PendingTake) -> None:
-        """Remove a TAKE. If it was the first, it is now the turn of the next."""
+        """Remove a TAKE. If it was the first, the next one's turn has come."""
         with self._lock:
             queue = self._queues[pending.key]
-            # It may not know yet that it is.
+            # It may not have been notified that it is the first.
             was_first = next(iter(queue)) is pending
             del queue[pending]
             if not queue:
@@ -95,7 +95,7 @@ class PendingTake(PendingRead):
     request: Take = _NO_REQUEST
     queues: TakeQueues = field(default_factory=TakeQueues)
     is_first: bool = False
-    """Whether it is this one's turn."""
+    """Whether its turn has come."""
     groups: Groups | None = None
     is_asked: bool = False
     """Whether the store will answer later."""
@@ -113,7 +113,7 @@ class PendingTake(PendingRead):
 
     def fetch(self, store: Store) -> Any:
         if self.is_asked:
-            # Woken meanwhile. Another request would get other jobs, so there is nothing to do before the answer.
+            # It was woken meanwhile. Another request would get other jobs, so wait for the answer.
             self.is_woken = True
             return Future()
         if self.jobs and time.monotonic() < self.leased_until:
@@ -122,10 +122,10 @@ class PendingTake(PendingRead):
         if not (self.is_first or self.queues.is_empty(self.key)):
             if not request.token:
                 return []
-            # Before its turn, only the jobs that were assigned under its token.
+            # Before its turn, it gets only jobs that were assigned with its token.
             request = request._replace(max_jobs=0)
         if self.wait_ms and (self.registered or not request.token):
-            # With a token, the mirror may lack the jobs of an earlier request at first.
+            # At first, the mirror may lack the jobs of an earlier request with the same token.
             request = request._replace(is_waiting=True)
         self.leased_until = time.monotonic() + request.lease_ms / 1000
         self.groups = store.groups
@@ -134,14 +134,14 @@ class PendingTake(PendingRead):
         except Full as error:
             return self.refuse(error)
         self.is_asked = isinstance(found, Future)
-        # An empty tuple: the search continues.
+        # An empty tuple means that the search continues.
         return () if found is None else found
 
     def refuse(self, error: ReplyError) -> Any:
         self.is_asked = False
         if not (isinstance(error, Full) and self.wait_ms):
             raise error
-        # DONE wakes it, and so does a change of the limits.
+        # DONE, or a change of the limits, wakes it.
         self.is_refused = True
         return []
 
@@ -207,11 +207,11 @@ def parse_take(client: Connection, request: list[bytes]) -> PendingTake:
     topic, group = _parse_key(client, request)
     words, token = request[3:], b""
     if len(words) > 2 and words[-2] == b"TOKEN":
-        # Usually the last option. The others are the same in many requests.
+        # Usually, this is the last option, and the others are the same in many requests.
         words, token = words[:-2], _check_token(words[-1])
     lease_ms, count, wait_ms, other_token = _parse_options(*words)
     if token and other_token:
-        raise BadRequest("there are two TOKENs")
+        raise BadRequest("TOKEN is given twice")
     wanted = Take(topic, group, _select(topic), count, MAX_READ_BYTES, lease_ms, token or other_token, repr(client))
     queues = client.context.take_queues
     return PendingTake(topic, 0, count, MAX_READ_BYTES, wait_ms, _encode, request=wanted, queues=queues)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # A job taken in advance gets a new lease if less than this share of its lease is left when its turn comes.
 _FRESH = 0.9
-# Beyond this number of jobs, those whose lease has ended are forgotten.
+# If there are more jobs than this, those whose lease has ended are forgotten.
 _MANY_JOBS = 1000
 
 _FIELDS = bytes, int, int, int, bytes, int, int
@@ -132,7 +132,7 @@ class Settle(Call):
         topic, group, message_id, attempt, epoch = self.receipt
         words = self._words
         if producer.era and producer.era.epoch != epoch:
-            # The server has lost its messages, and may have given the id to another one.
+            # The server has lost its messages, and may have assigned the id to another one.
             words = *words, b"EPOCH", epoch.encode()
         return encode_settlement(self._verb, _encode_key(topic, group), message_id, attempt, words)
 
@@ -316,7 +316,7 @@ class Work:
         return jobs_of(self._mq._session)  # noqa: SLF001 - made for this
 
     def begin(self) -> None:
-        """Note that the caller requests the next job, so its current one is finished."""
+        """Record that the caller requests the next job, so its current one is finished."""
         if self._given is not None:
             self._finished = self._given
             self._given = None
@@ -392,7 +392,7 @@ class Work:
         return self._given
 
     def interrupted(self, *, is_over: bool = False) -> None:
-        """Make the next call, or if this loop is over, the next loop, get the job that the caller did not get."""
+        """Pass the job that did not reach the caller to the next call, or to the next loop if this one is over."""
         self._given = None
         if is_over or not self._ready:
             self._jobs.tokens.setdefault(self._order.token_key, []).extend(self._tokens)

@@ -45,9 +45,9 @@ class Worker(Client):
     ) -> Iterator[Job]:
         """Iterate over jobs as `take` returns them; end when there is none for `timeout` seconds.
 
-        Requesting the next job finishes the current one. If its lease has ended, and another worker has it, the loop
-        logs a warning, and continues with the next job: one slow job must not stop a worker, and then the next one that
-        gets it. To handle that differently, finish the job yourself by `done` or `with job:`, which raise JobLost.
+        Requesting the next job finishes the current one. If that one's lease has ended, and another worker has the job,
+        the loop logs a warning, and continues with the next job, because a slow job must not stop one worker after
+        another. To handle that differently, finish the job yourself by `done` or `with job:`, which raise JobLost.
 
         If the loop is left by `break` or an exception, the job is given back once Python deletes the iterator; if a
         variable refers to it, call its `close()`, or the client's. Up to `prefetch` jobs are taken at once. The leases

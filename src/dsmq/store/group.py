@@ -24,7 +24,7 @@ MAX_DONE = 10_000
 _MAX_ENDED = 200
 # Max topics whose last numbers are remembered, to count messages that expired before they were taken.
 MAX_NUMBERS = 200
-# Instead of a time: the job can be given now, or it was given too often.
+# Used instead of a time: the job can be given now, or it was given too often.
 READY, FAILED = -1, -2
 
 
@@ -37,7 +37,7 @@ class Receipt(NamedTuple):
 
 @dataclass(slots=True)
 class GroupCounts:
-    """Jobs since the group began."""
+    """Counts of jobs since the group began."""
 
     taken: int = 0
     """Given for the first time."""
@@ -68,7 +68,7 @@ class HeldJob:
     until: int = READY
     """When its lease, or its delay, ends."""
     is_held: bool = False
-    """Whether a worker may still finish this attempt; after its lease has ended, as long as the job is not given again.
+    """Whether a worker may still finish this attempt: even after its lease, until the job is given again.
     """
     since: int = 0
     """When the current worker got it."""
@@ -183,7 +183,7 @@ class Group:
     def end_leases(self, now: int, max_attempts: int) -> None:
         """Make some jobs whose lease or delay has ended available again, unless they were given too often."""
         if len(self._ready) > 2 * len(self.jobs) + 64:
-            # Leases of most were extended after their end.
+            # Most of these leases were extended after they had ended.
             self._ready = [job.id for job in self.jobs.values() if job.until == READY]
             heapq.heapify(self._ready)
         for _ in range(_MAX_ENDED):
@@ -216,7 +216,7 @@ class Group:
         self.remove(self.jobs[receipt.id])
         self.done[receipt.id] = receipt.attempt
         if len(self.done) > max_done:
-            # Many at once, because it takes time to find the first key of a dict after those deleted before.
+            # Delete many at once, because finding the first key of a dict after deleted ones takes time.
             for message_id in list(islice(self.done, 1 + max_done // 16)):
                 del self.done[message_id]
 

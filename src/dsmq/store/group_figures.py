@@ -15,11 +15,11 @@ from dsmq.store.group import Group, GroupCounts, HeldJob
 if TYPE_CHECKING:
     from dsmq.store.groups import Source
 
-# Max groups described for a client at once; fewer, if this time in seconds is over.
+# Max groups described for a client at once, and max seconds spent on that.
 MAX_FIRST, _FIRST_SECONDS = 20, 0.002
 # Max jobs tried to find the oldest one whose message has not expired.
 _MAX_PEEKS = 10
-# Jobs listed before other threads may run.
+# How many jobs to list before other threads may run.
 _JOBS_AT_ONCE = 1_000
 
 
@@ -48,7 +48,7 @@ class GroupStats(NamedTuple):
 
 
 class GroupFigures:
-    """What is reported of all groups, as part of them. No method holds a lock for long."""
+    """Reports on all groups; part of `Groups`. No method holds a lock for long."""
 
     lock: Lock
     _source: Source
@@ -87,7 +87,7 @@ class GroupFigures:
     def _describe(self, group: Group, until: float) -> GroupStats:
         with self.lock:
             held, again = group.in_flight, len(group.jobs) - group.in_flight
-            # In the order in which they were given first, which is that of their ids.
+            # In the order in which they were first given, which is the order of their ids.
             oldest = list(islice(group.jobs.values(), _MAX_PEEKS))
             position, counts = group.position, replace(group.counts)
             given = {topic: number for topic, (number, _) in group.numbers.items()}
@@ -100,9 +100,7 @@ class GroupFigures:
         return GroupStats(group.key, group.name, held, again, counts, waiting, age_ms)
 
     def held(self, topic: bytes, count: int) -> list[tuple[Group, HeldJob, int]]:
-        """Return the jobs of a topic that workers hold, each with its group and for how many milliseconds; the longest
-        first.
-        """
+        """Return the jobs of a topic that workers hold, longest first, each with its group and milliseconds held."""
         found = heapq.nsmallest(count, self._in_flight(topic), key=lambda one: one[1].since)
         now = self._source.now()
         return [(*one, now - one[1].since) for one in found]
@@ -114,7 +112,7 @@ class GroupFigures:
                     jobs = list(group.jobs.values())
                 for number, job in enumerate(jobs):
                     if not number % _JOBS_AT_ONCE:
-                        # Lets other threads of the interpreter run.
+                        # Let other threads run.
                         time.sleep(0)
                     if job.is_in_flight and job.topic == topic:
                         yield group, job

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dsmq.store.topics import TopicTable
 
 FAILED_SUFFIX = b"/failed"
-# Min time for a worker that held a job before a restart to finish it.
+# The min time that a worker that held a job before a restart has to finish it.
 LEASE_AFTER_RESTART_MS = 30_000
 # The pause before the next attempt to move a job to the topic for failed jobs.
 MOVE_AGAIN_MS = 1_000
@@ -67,11 +67,11 @@ class Take(NamedTuple):
     max_bytes: int
     lease_ms: int
     token: bytes
-    """A request with the token of an earlier one gets the jobs of that one that are still held. Empty: no token."""
+    """A request with the token of an earlier one gets those of its jobs that are still held. Empty: no token."""
     worker: str
     """A name for status pages."""
     is_waiting: bool = False
-    """Whether it is made again when there may be jobs, so that it matters less if a shared store finds none yet."""
+    """Whether the request is repeated when there may be jobs, so that a shared store may miss some at first."""
 
 
 class Job(NamedTuple):
@@ -113,7 +113,7 @@ class Source:
 
     @property
     def stored_state(self) -> tuple[int, int, object]:
-        """Equal to an earlier one if no message has been deleted since, and messages still expire at the same age."""
+        """Equal to an earlier state if no message has been deleted since, and messages still expire at the same age."""
         return self._topics.deleted, self.max_age_ms, self._topics.rules
 
     def longest_age_ms(self) -> int:
@@ -134,7 +134,7 @@ class Groups(GroupFigures):
         """Acquired before the store's."""
         self.limits = GroupLimits()
         self.slice_seconds = 0.0005
-        """How long jobs are searched for, or given again, while holding the lock."""
+        """How long to search for jobs, or to give them again, while holding the lock."""
         self.on_messages: Callable[[set[bytes]], None] = lambda _: None
         """Called with the topics into which failed jobs were put."""
         self.on_available: Callable[[tuple[bytes, bytes]], None] = lambda _: None
@@ -143,8 +143,8 @@ class Groups(GroupFigures):
         self._groups: dict[tuple[bytes, bytes], Group] = {}
         self._ahead = ReadAhead(self._read_next)
         self._memory = 0
-        # Added to the counts of the groups to give those since the start: what forgotten groups have counted, without
-        # what restored ones had counted before.
+        # Added to the counts of the current groups to get the counts since the start: what forgotten groups have
+        # counted, minus what restored groups had counted before.
         self._base = GroupCounts()
 
     # Jobs
@@ -228,7 +228,7 @@ class Groups(GroupFigures):
         return jobs if jobs or (found.is_complete and not found.messages) else None
 
     def _room(self, group: Group) -> int:
-        """Return how many more jobs the limits allow. They apply only to new ones: all others must be given again."""
+        """Return how many more new jobs the limits allow. All other jobs must be given again anyway."""
         return self.limits.max_jobs_in_flight - group.size if self._memory < self.limits.max_group_bytes else 0
 
     def _full(self, group: Group) -> Full:
@@ -251,7 +251,7 @@ class Groups(GroupFigures):
         return Found(found[-1].id if found else group.position, found, is_complete=True)
 
     def _give_again(self, group: Group, request: Take, now: int) -> tuple[list[Job], bool]:
-        """Return jobs that were given before, and whether there may be no more of them that are wanted."""
+        """Return jobs that were given before, and whether these are all that are ready or requested."""
         jobs: list[Job] = []
         size, until = 0, time.monotonic() + self.slice_seconds
         while len(jobs) < request.max_jobs and size < request.max_bytes and (job := group.next_ready()):
@@ -333,9 +333,7 @@ class Groups(GroupFigures):
     # Leases and failures
 
     def expire(self) -> bool:
-        """End leases, move failed jobs, and forget groups not used while a message can be stored; return whether there
-        is more to do now.
-        """
+        """End leases, move failed jobs, and forget groups not used for long; return whether there is more to do now."""
         moved, is_done = set[bytes](), True
         for key, group in list(self._groups.items()):
             with self.lock:
@@ -378,7 +376,7 @@ class Groups(GroupFigures):
     # Snapshots
 
     def copy(self) -> Iterator[Batch]:
-        """Return the rows of a snapshot of this instant. Requires the lock, but not while they are iterated over."""
+        """Return the rows of a snapshot of this instant. Requires the lock; iterating over the rows does not."""
         groups: list[tuple[object, ...]] = []
         jobs: list[tuple[object, ...]] = []
         parts: list[tuple[int, dict[int, int], dict[bytes, tuple[int, int]]]] = []

@@ -125,7 +125,7 @@ class NATSStore(SharedLimits, FreshReads):
 
     @property
     def _is_disconnected(self) -> bool:
-        # A silent connection counts until it is dropped, because a new one may be made at once.
+        # A silent connection counts as connected until it is dropped, because a new one may follow at once.
         return not self.connection.connected and self.connection.silent_seconds > DISCONNECT_SECONDS
 
     @property
@@ -157,7 +157,7 @@ class NATSStore(SharedLimits, FreshReads):
         finally:
             self.publisher.close()
             self._ready.set()
-            # Tasks of the official client, if one of its connections was being replaced.
+            # The official client leaves tasks if one of its connections was being replaced.
             left = asyncio.all_tasks(self._loop)
             for task in left:
                 task.cancel()
@@ -197,7 +197,8 @@ class NATSStore(SharedLimits, FreshReads):
                 raise StartupError(f"the NATS servers refuse the connection: {refusal}")
             await asyncio.sleep(0.05)
         await self.stream.connect(self._servers, self._credentials, self._tls)
-        # Before the mirror has a consumer, which a move would interrupt. Without a stream, there is no leader yet.
+        # Do this before the mirror has a consumer, which a move would interrupt. Without a stream, there is no leader
+        # yet.
         with suppress(EngineError):
             await self.stream.last_id()
             await self._leader.follow()

@@ -1,4 +1,4 @@
-"""What messages to JetStream, and its answers, have in common: headers, and codes of errors."""
+"""Headers and error codes that are common to messages to JetStream and its answers."""
 
 from __future__ import annotations
 

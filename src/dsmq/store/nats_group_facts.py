@@ -28,7 +28,7 @@ Call = Callable[[Exception | None], None]
 
 
 class GroupFacts:
-    """What applies facts to the state of all groups, which nothing else changes, as part of them."""
+    """Applies facts to the state of all groups, which nothing else changes; part of `NATSGroups`."""
 
     lock: threading.Lock
     on_available: Callable[[Key], None]
@@ -38,14 +38,14 @@ class GroupFacts:
     _base: GroupCounts
     _forget: Callable[..., None]
     _count_memory: Callable[..., None]
-    # What a store without an engine does at once.
+    # What a store without an engine does directly.
     _done: Callable[..., object]
     _give_back: Callable[..., object]
     _extend: Callable[..., object]
 
     def __init__(self, engine: NATSStore) -> None:
         self._engine = engine
-        # What to call with the outcome of each fact under way.
+        # The function to call with the outcome of each pending fact.
         self._pending: dict[str, Call] = {}
         self._own, self._numbers = secrets.token_hex(6), itertools.count(1)
         self.as_of = 0
@@ -67,7 +67,7 @@ class GroupFacts:
         return list(self._groups.values())
 
     def load_groups(self, groups: Iterable[SharedGroup], as_of: int) -> None:
-        """Begin with the state as of an id, in place of that before the stream's first message."""
+        """Begin with the state as of an id, instead of the state before the stream's first message."""
         with self.lock:
             self._groups = {(group.key, group.name): group for group in groups}
             self.as_of = as_of

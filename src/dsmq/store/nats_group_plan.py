@@ -1,9 +1,9 @@
-"""Changes to groups of workers that a server plans, and all mirrors make once they have them from the stream.
+"""Changes to groups of workers, which a server plans, and all mirrors make when they get them from the stream.
 
-A planned change is written to the stream as a fact, in JSON. It names its result, and the state that it was planned
+A planned change is written to the stream as a fact, in JSON. It contains the result, and the state that it was planned
 for: the group's position, and the version of each job that it changes. A mirror makes a change only if both still
-apply, so if two servers plan to give the same job, the fact that the stream has first wins on all mirrors. No clock
-and no message body matters to that.
+match, so if two servers plan to give the same job, the fact that comes first in the stream wins on all mirrors. This
+depends neither on clocks nor on message bodies.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def encode_fact(*values: object) -> bytes:
 
 @dataclass(slots=True)
 class SharedGroup(Group):
-    """A group as the facts describe it. Only when a lease ends is a matter of this server's clock."""
+    """A group as described by facts. Only the ends of leases depend on this server's clock."""
 
     changed_by: int = 0
     """The id of the last fact about the group."""
@@ -70,7 +70,7 @@ class SharedGroup(Group):
         self._await(job, until)
 
     def _fail(self, job: HeldJob) -> None:
-        # Until all servers know, its worker may finish it.
+        # Its worker may finish it until all servers know that it failed.
         job.until = FAILED
         self.failed.append(job)
 
@@ -147,7 +147,7 @@ class Plan(Group):
         return self.group.position, self.position, given, self._skipped, self._expired
 
     def release(self) -> None:
-        """Make the jobs that were planned to be given again available, as far as they have not been given."""
+        """Make jobs that were planned to be given again available, unless they have been given."""
         self.group.push_ready(self._popped.values())
 
     # What `Groups` does with a group

@@ -1,4 +1,4 @@
-"""The state of all groups of workers, in the stream, for servers that start later than facts about them expire.
+"""Keeps the state of all groups of workers in the stream, for servers that start after facts have expired.
 
 Any server writes it several times per max_age, in parts: messages that never expire. A last message with the parts' ids
 makes them valid. If two servers write at the same time, the second one's last message is refused, so no server deletes

@@ -2,7 +2,7 @@
 
 A server publishes a fact, and answers once its own mirror has it, because only then is it known whether the fact still
 applied: see `nats_group_plan`. If not, it plans again. For each group, a server has at most one fact with jobs to give
-under way; requests that arrive meanwhile share the next.
+in flight; requests that arrive meanwhile share the next.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dsmq.store.nats import NATSStore
     from dsmq.store.sqlite import MirrorStore
 
-# A group that is used without any change is kept by a fact this many times per max_age.
+# If a group is used without being changed, a fact keeps it, this many times per max_age.
 _USES_PER_MAX_AGE = 4
 
 
@@ -44,7 +44,7 @@ class _Asked:
     request: Take
     answer: Future[list[Job] | None] = field(default_factory=Future)
     is_later: bool = False
-    """Whether it is not answered at once."""
+    """Whether it is answered later."""
     is_fresh: bool = False
     """Whether the mirror has all that the engine had when the request arrived."""
     jobs: list[Job] = field(default_factory=list)
@@ -56,7 +56,7 @@ class _Lane:
 
     queue: deque[_Asked] = field(default_factory=deque)
     is_busy: bool = False
-    """Whether a fact is under way."""
+    """Whether a fact is in flight."""
 
 
 class NATSGroups(GroupFacts, Groups):
@@ -67,12 +67,12 @@ class NATSGroups(GroupFacts, Groups):
     _done, _give_back, _extend = Groups.done, Groups.give_back, Groups.extend
 
     def __init__(self, engine: NATSStore) -> None:
-        """Without a source until `begin`."""
+        """There is no source until `begin`."""
         GroupFacts.__init__(self, engine)
         Groups.__init__(self, Source())
         self.lock = threading.RLock()  # type: ignore[assignment]
         self._lanes: dict[Key, _Lane] = {}
-        # The facts under way about failed jobs, by their ids, and unused groups, with 0.
+        # The facts in flight about failed jobs, by id, and about unused groups, as 0.
         self._ending: set[tuple[Key, int]] = set()
 
     # Requests
@@ -104,7 +104,7 @@ class NATSGroups(GroupFacts, Groups):
     def _try_to_settle(
         self, answer: Future[None], key: Key, receipts: Sequence[Receipt], what: str, *values: object
     ) -> bool:
-        """Publish a change of jobs that a worker holds; return False if it holds one of them no longer."""
+        """Publish a change of jobs that a worker holds; return False if it no longer holds one of them."""
         with self.lock:
             group = self._groups.get(key)
             is_repeated = what == "done" and all(is_known(group, one) for one in receipts)
@@ -207,7 +207,7 @@ class NATSGroups(GroupFacts, Groups):
         return plan
 
     def _begin(self, request: Take, now: int) -> SharedGroup:
-        # All servers get it by the plan.
+        # The plan creates it on all servers.
         return SharedGroup(request.key, request.group, request.selection, now)
 
     def _fill(self, plan: Plan, asked: _Asked) -> bool:

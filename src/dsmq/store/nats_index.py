@@ -33,7 +33,7 @@ _ASK_LAST_ID = ((b"Nats-Expected-Last-Sequence", b"9223372036854775806"),)
 _REPLACE = ((b"Nats-Rollup", b"sub"),)
 # A node without a majority is abandoned after this time. Most elections are shorter.
 LEAVE_SECONDS, WATCH_SECONDS = 6.0, 1.0
-# The leader contacts each node once a second. Answers under way arrive within the first of these times; the second
+# The leader contacts each node once a second. Answers in flight arrive within the first of these times; the second
 # bounds the wait for proof.
 UNDER_WAY_SECONDS, PROOF_SECONDS = 1.0, 5.0
 
@@ -134,8 +134,8 @@ class ReadIndex:
     async def _last_id_if_full(self, asked: float) -> int | None:
         """Return the id of the engine's last message, once a majority has followed its leader for a while.
 
-        The stream has no room for a message that would prove this at once. Messages that were under way between the
-        nodes when the read arrived prove nothing, hence the wait.
+        The stream has no room for a message that would prove this at once. Messages in flight between the nodes when
+        the read arrived prove nothing, hence the wait.
         """
         while boot_time() < asked + PROOF_SECONDS:
             await asyncio.sleep(INDEX_SECONDS)

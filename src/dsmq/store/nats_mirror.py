@@ -55,8 +55,7 @@ class Lag:
 
     def __init__(self) -> None:
         self._stream_id = self._mirrored_id = 0
-        # When the mirror was last complete; an id, and the time at which it will have been complete once it has that
-        # id.
+        # When the mirror was last complete; an id, and the time as of which it is complete once it has that id.
         self._complete_at = boot_time()
         self._next: tuple[int, float] | None = None
 
@@ -207,7 +206,7 @@ class Mirror(Fold):
         if self.epoch and self.epoch != state.epoch:
             _logger.error("the stream has lost its messages: a new epoch begins")
             self._restart()
-            # Before the epoch changes, so that no client that is still connected gets a HELLO with the new one.
+            # Do this before the epoch changes, so that no client that is still connected gets a HELLO with the new one.
             self.on_replaced()
         self.epoch = state.epoch
 
@@ -326,7 +325,7 @@ class Mirror(Fold):
             self.ready = True
             self.groups.begin_counts()
             if self.groups.count:
-                # Before facts expire that the last state, if there is one, lacks.
+                # Write the state before facts expire that are not part of the last one.
                 self._facts_at = -math.inf
             self.applied.set()
             self.on_ready()

@@ -1,4 +1,4 @@
-"""The part of a store in a stream that is answered by its mirror, which may lag."""
+"""The part of a NATS store that its mirror, which may lag, can answer."""
 
 from __future__ import annotations
 
@@ -136,8 +136,9 @@ class FreshReads(MirroredStore):
         return answer
 
     def when_fresh(self, call: Callable[[Exception | None], None]) -> None:
-        """Call a function in the store's thread with None once the mirror has everything that the engine has now, or
-        with an error. Raises StoreFailed.
+        """Call a function in the store's thread with None once the mirror has all that the engine has now, or an error.
+
+        Raises StoreFailed.
         """
         self.post(partial(self._index.add, call))
 

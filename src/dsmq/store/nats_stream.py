@@ -167,7 +167,7 @@ class Stream:
                 raise
             found = await self._create(self._configuration())
         if self.rules is None:
-            # Before it may be configured, which would delete messages beyond its new limits.
+            # Read them before configuring the stream, which would delete messages beyond its new limits.
             self.rules = await self._last_of(f"{self.name}.facts.rules") or b""
         wanted = self._configuration()
         if not found.get("allow_atomic"):
@@ -337,7 +337,7 @@ class Stream:
 
     async def write_rules(self, fact: bytes) -> int:
         """Add rules for topics to the stream; return their id. Earlier rules stay, for the messages in between."""
-        # First, because the stream may be full, and may get room by these rules.
+        # Configure the stream first: it may be full, and these rules may make room.
         self.rules = fact
         await self.open()
         return await self.publish(f"{self.name}.facts.rules", fact, NEVER_EXPIRES)
