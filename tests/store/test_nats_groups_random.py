@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -16,10 +17,13 @@ from dsmq.errors import JobLost, ReplyError, StoreFailed, Unsure
 from dsmq.store.api import Mirrored, Outcome, Put
 from dsmq.store.group import Receipt
 from dsmq.store.groups import GroupLimits, Job, Take
+from dsmq.store.nats_connection import Received
+from dsmq.store.nats_fold import Delivery, Fold
 from dsmq.store.nats_group_state import copy_state, load_state
 from dsmq.store.nats_groups import NATSGroups
 from dsmq.store.selection import Selection
 from dsmq.store.sqlite import MirrorStore
+from dsmq.system import boot_time
 
 KEY, GROUP = b"t/*", b"w"
 TOPICS = (b"t/1", b"t/2")
@@ -425,8 +429,8 @@ def test_job_whose_message_is_not_mirrored_yet_is_not_expired() -> None:
     # Groups begin with a state that is newer than the mirror.
     servers[1].groups.apply(cast("bytes", log.entries[1][0]), 2, 0)
     log.now += 100
-    answer = servers[1].groups.take(request)
-    assert isinstance(answer, Future)
+    for is_waiting in (True, False):
+        assert isinstance(servers[1].groups.take(request._replace(is_waiting=is_waiting)), Future)
     assert not servers[1].sent
     servers[1].groups.limits = GroupLimits(max_attempts=1)
     [group] = servers[1].groups.copy_groups()
@@ -436,3 +440,28 @@ def test_job_whose_message_is_not_mirrored_yet_is_not_expired() -> None:
     servers[1].fold(1)
     servers[1].groups.expire()
     assert servers[1].sent
+
+
+def test_mirror_has_a_job_message_before_the_group_has_the_job() -> None:
+    store = MirrorStore(MAX_AGE_MS)
+    seen: list[int] = []
+
+    class Groups:
+        def begin(self, _: MirrorStore) -> None:
+            pass
+
+        def apply(self, *_: object) -> None:
+            seen.append(store.last_id())
+
+    class AFold(Fold):
+        def apply(self) -> None:
+            pass
+
+    stream = SimpleNamespace(facts_prefix=b"s.facts.", topic_prefix=b"s.topic.")
+    fold = AFold(cast("Any", stream), store, cast("Any", None), cast("Any", Groups()))
+    subjects = [b"s.topic.t", b"s.facts.jobs", b"s.topic.t", b"s.topic.t", b"s.facts.jobs", b"s.facts.jobs"]
+    messages = [Received(subject, b"", b"", b"x") for subject in subjects]
+    fold._apply([Delivery(number, boot_time() * 1000, message, b"0") for number, message in enumerate(messages, 1)])
+    assert seen == [1, 4, 4]
+    assert store.last_id() == 6
+    assert [message.id for message in store.read(b"t", 0, 10, 1000)] == [1, 3, 4]

@@ -228,8 +228,8 @@ class NATSGroups(GroupFacts, Groups):
 
     def _refuse(self, key: Key, asked: _Asked, error: ReplyError | None) -> None:
         """Answer that there are no jobs, or with an error, but only if the mirror does not lag."""
-        request = asked.request
-        if not (asked.is_fresh or request.is_waiting):
+        may_lag = asked.request.is_waiting and not isinstance(error, StoreFailed)
+        if not (asked.is_fresh or may_lag):
             asked.is_fresh = True
             self._engine.when_fresh(partial(self._go_on, key, asked))
         elif error is None:
