@@ -109,7 +109,7 @@ class Plan(Group):
     _popped: dict[int, HeldJob] = field(default_factory=dict)
     _planned: int = 0
     _repeated: int = 0
-    """The number of jobs given for repeated requests."""
+    """The number of jobs given again, or given for repeated requests."""
     tokens: set[bytes] = field(default_factory=set)
     """The tokens of the requests in the plan."""
 
