@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -421,3 +421,27 @@ def test_many_requests_are_planned_in_slices(log: Log) -> None:
         server.run_posted()
         done.append(sum(answer.done() for answer in answers if isinstance(answer, Future)) - sum(done))
     assert max(done) <= 100
+
+
+def test_job_whose_message_is_not_mirrored_yet_is_not_expired() -> None:
+    log = Log()
+    servers = [FakeServer(log, random.Random(seed)) for seed in range(2)]
+    request = Take(KEY, GROUP, Selection([KEY]), 1, 1000, 50, b"", "w")
+    log.add((TOPICS[0], b"x", None))
+    servers[0].fold(1)
+    servers[0].groups.take(request)
+    servers[0].deliver(safely=True)
+    # Groups begin with a state that is newer than the mirror.
+    servers[1].groups.apply(cast("bytes", log.entries[1][0]), 2, 0)
+    log.now += 100
+    answer = servers[1].groups.take(request)
+    assert isinstance(answer, Future)
+    assert not servers[1].sent
+    servers[1].groups.limits = GroupLimits(max_attempts=1)
+    [group] = servers[1].groups.copy_groups()
+    group.put_back(group.jobs[1], 0)
+    servers[1].groups.expire()
+    assert not servers[1].sent
+    servers[1].fold(1)
+    servers[1].groups.expire()
+    assert servers[1].sent

@@ -79,6 +79,10 @@ class Fold:
             if message_id <= last_id:
                 continue
             if message.subject == self.jobs_subject:
+                if messages:
+                    # Jobs whose messages are not in the store would count as expired.
+                    self._store(messages, last_id)
+                    messages = []
                 self._apply_to_groups(message.body, message_id, max(0, int(now - put_at)))
                 last_id = message_id
                 continue

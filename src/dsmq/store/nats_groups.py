@@ -18,8 +18,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dsmq.errors import JobLost, ReplyError, StoreFailed
-from dsmq.store.api import Answer, Outcome
-from dsmq.store.group import HeldJob, Receipt
+from dsmq.store.api import Answer, Message, Outcome
+from dsmq.store.group import Group, HeldJob, Receipt
 from dsmq.store.groups import MAX_MOVED, MOVE_AGAIN_MS, Groups, Job, Source, Take, count_unmoved, failed_put
 from dsmq.store.nats_group_facts import GroupFacts, Key
 from dsmq.store.nats_group_plan import (
@@ -31,6 +31,7 @@ from dsmq.store.nats_group_plan import (
 
 if TYPE_CHECKING:
     from dsmq.store.nats import NATSStore
+    from dsmq.store.sqlite import MirrorStore
 
 # If a group is used without being changed, a fact keeps it, this many times per max_age.
 _USES_PER_MAX_AGE = 4
@@ -62,6 +63,7 @@ class NATSGroups(GroupFacts, Groups):
     """The groups of workers of a stream. Thread-safe."""
 
     _groups: dict[Key, SharedGroup]  # type: ignore[assignment]
+    _source: MirrorStore
     _done, _give_back, _extend = Groups.done, Groups.give_back, Groups.extend
 
     def __init__(self, engine: NATSStore) -> None:
@@ -143,11 +145,17 @@ class NATSGroups(GroupFacts, Groups):
             for job in failed:
                 if job.is_held:
                     self._end(key, [job.id], "end", job.id, job.version)
-                else:
+                elif job.id <= self._source.last_id():
                     self._move(key, group, job)
         return not is_done
 
     # Giving jobs
+
+    def _read(self, group: Group, job: HeldJob) -> Message | None:
+        if job.id > self._source.last_id():
+            # It has not expired.
+            raise StoreFailed("the mirror does not have the message of a job yet")
+        return super()._read(group, job)
 
     def _add(self, key: Key, asked: _Asked) -> None:
         lane = self._lanes.setdefault(key, _Lane())
