@@ -87,13 +87,14 @@ def _early_signals() -> None:
     """Handle signals while the server is still loading its modules."""
     from dsmq.system import has_terminal
 
-    # As the first process of a container, it would ignore signals that it has no handler for.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(OK))
+    # As the first process of a container, it would ignore signals that it has no handler for. The handlers raise no
+    # SystemExit, which Python would discard in the middle of a weakref callback or `__del__`.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(OK))
     # Windows has no SIGHUP. If nohup ignores it, leave that alone, because the server checks for it later.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         had_terminal = has_terminal()
         # A reload request is ignored while the configuration is being loaded for the first time.
-        signal.signal(signal.SIGHUP, lambda *_: sys.exit(OK) if had_terminal and not has_terminal() else None)
+        signal.signal(signal.SIGHUP, lambda *_: os._exit(OK) if had_terminal and not has_terminal() else None)
 
 
 def _discard_output() -> None:

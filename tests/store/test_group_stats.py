@@ -9,6 +9,7 @@ from snapshotting import restored, snapshotting
 from stores import Clock, ClockedStore, expire_all, put
 from working import AGE, LEASE, W, clock, stats, store, take
 
+from dsmq.store import group_figures
 from dsmq.store.group import Receipt
 from dsmq.store.scan import MATCH_STEP, MAX_MATCHES, MAX_MERGED_TOPICS
 from dsmq.store.selection import Selection
@@ -162,3 +163,11 @@ def test_figures_of_many_groups_take_locks_for_a_short_time(
         for _ in store.groups.stats(seconds=0):
             most, matched = max(most, matched), 0
     assert most == MATCH_STEP
+
+
+def test_one_group_is_described_even_if_the_time_is_over(store: ClockedStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_figures, "_FIRST_SECONDS", 0)
+    assert list(store.groups.first_stats()) == []
+    for group in (b"1", b"2"):
+        take(store, group=group)
+    assert [one.name for one in store.groups.first_stats()] == [b"1"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +43,7 @@ class Log:
     """The entries, each with the time at which it was stored."""
     keys: dict[tuple[bytes, int], int] = field(default_factory=dict)
     now: int = 10_000
+    mirrors: list[MirrorStore] = field(default_factory=list)
 
     def add(self, entry: Entry) -> int:
         """Store an entry; return its id."""
@@ -53,6 +54,14 @@ class Log:
         if key is not None:
             self.keys[key] = len(self.entries)
         return len(self.entries)
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    log = Log()
+    yield log
+    for mirror in log.mirrors:
+        mirror.close()
 
 
 class FakeServer:
@@ -75,6 +84,7 @@ class FakeServer:
     def _new_store(self) -> MirrorStore:
         store = MirrorStore(MAX_AGE_MS)
         store._clock = lambda: self.log.now + self.clock_ahead
+        self.log.mirrors.append(store)
         return store
 
     # What groups need from a store
@@ -183,9 +193,9 @@ class Held:
 class World:
     """Servers and their workers, and the true state of the jobs."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, log: Log) -> None:
         self.chance = random.Random(seed)
-        self.log = Log()
+        self.log = log
         self.servers = [FakeServer(self.log, self.chance) for _ in range(SERVERS)]
         self.held: list[Held] = []
         self.given: dict[tuple[int, int], bytes] = {}
@@ -347,8 +357,8 @@ class World:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_servers_agree_and_no_job_is_held_twice_or_lost(seed: int) -> None:
-    world = World(seed)
+def test_servers_agree_and_no_job_is_held_twice_or_lost(log: Log, seed: int) -> None:
+    world = World(seed, log)
     for _ in range(STEPS):
         world.step()
     world.settle_all()
@@ -368,8 +378,7 @@ def test_servers_agree_and_no_job_is_held_twice_or_lost(seed: int) -> None:
 
 
 @pytest.mark.parametrize("is_loaded", [True, False])
-def test_request_under_way_when_the_mirror_begins_again_is_unsure(is_loaded: bool) -> None:
-    log = Log()
+def test_request_under_way_when_the_mirror_begins_again_is_unsure(log: Log, is_loaded: bool) -> None:
     server = FakeServer(log, random.Random(1))
     log.add((TOPICS[0], b"x", None))
     server.fold(1)
@@ -385,9 +394,9 @@ def test_request_under_way_when_the_mirror_begins_again_is_unsure(is_loaded: boo
         answer.result(0)
 
 
-def test_all_requests_with_one_token_are_answered_if_there_are_no_jobs() -> None:
+def test_all_requests_with_one_token_are_answered_if_there_are_no_jobs(log: Log) -> None:
     """A client may have sent its request again while the first was not answered yet."""
-    server = FakeServer(Log(), random.Random(1))
+    server = FakeServer(log, random.Random(1))
 
     def take(token: bytes) -> Any:
         return server.groups.take(Take(KEY, GROUP, Selection([KEY]), 1, 1000, 1000, token, "w", is_waiting=True))
@@ -400,8 +409,8 @@ def test_all_requests_with_one_token_are_answered_if_there_are_no_jobs() -> None
     assert [answer.result(0) for answer in answers] == [[], [], [], []]
 
 
-def test_many_requests_are_planned_in_slices() -> None:
-    server = FakeServer(Log(), random.Random(1))
+def test_many_requests_are_planned_in_slices(log: Log) -> None:
+    server = FakeServer(log, random.Random(1))
     server.max_message_bytes = 1_000_000
     server.groups.limits = GroupLimits(max_topic_bytes=512)
     for _ in range(300):

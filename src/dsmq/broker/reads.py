@@ -68,7 +68,7 @@ class PendingRead:
         return store.latest(self.topic, self.after)
 
     def fetch_once(self, store: Store, found: dict[Hashable, Any] | None) -> Answer[Any]:
-        """Fetch, unless it waits, and `found` has what another waiting reader at the same position just got."""
+        """Fetch, unless this read waits, and `found` has what another waiting reader at its position just got."""
         if found is None or type(self) is not PendingRead or not self.registered or not self.count:
             return self.fetch(store)
         position = self.topic, self.after, self.count, self.max_bytes

@@ -399,6 +399,6 @@ class Work:
         self._tokens = []
 
     def left(self) -> tuple[list[Receipt], Job | None]:
-        """Return the jobs that the caller or this loop has, and the one of them that is finished."""
+        """Return the jobs that the caller or this loop has, and which of them is finished."""
         jobs = [self._finished, *self._ready] if self._finished else self._ready
         return [job.receipt for job in jobs], self._finished

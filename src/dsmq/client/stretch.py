@@ -349,7 +349,7 @@ def _in_epoch(era: Era, positions: Sequence[tuple[str, bytes, int, int | None]])
 
 
 def _restarted(part: Stretch, era: Era) -> list[Stretch]:
-    """Split a stretch into messages that the server may still have, those it has lost, and those not put yet."""
+    """Split a stretch into messages that the server may still have, has lost, and has yet to receive."""
     ahead = [entry for entry in part.ahead if part.is_lost or era.lost(entry.id)]
     kept = part.ahead[: len(part.ahead) - len(ahead)]
     first = Stretch(era, part.id, part.number)

@@ -69,7 +69,7 @@ class Collector:
         yield Fact("topic_puts_per_second", "Puts per second over the last 10 to 20 seconds, by topic.", rates, "topic")
 
     def _groups(self) -> Iterator[Metric]:
-        """Return the sums over all groups of workers, and the figures of those that began first."""
+        """Return the sums over all groups of workers, and the figures of the first groups."""
         found, gauge = self._status.groups(), GaugeMetricFamily
         if not self._status.context.store.groups:
             return

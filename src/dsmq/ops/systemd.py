@@ -19,7 +19,7 @@ from dsmq.errors import StartupError
 if TYPE_CHECKING:
     from dsmq.ops.status import Status
 
-# FileDescriptorName= of the sockets for clients, and of the one for the HTTP endpoint.
+# FileDescriptorName= of the sockets for clients, and of the socket for the HTTP endpoint.
 QUEUE = "dsmq"
 METRICS = "metrics"
 FIRST_DESCRIPTOR = 3

@@ -6,7 +6,7 @@ import heapq
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from itertools import islice, takewhile
+from itertools import islice
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -80,9 +80,12 @@ class GroupFigures:
                 yield self._describe(group, time.monotonic() + seconds)
 
     def first_stats(self, is_wanted: Callable[[Group], bool] = lambda _: True) -> Iterator[GroupStats]:
-        """Iterate over the first groups, as many as can be described without delaying other clients."""
+        """Iterate over the first groups: one, and as many more as can be described without delaying other clients."""
         until = time.monotonic() + _FIRST_SECONDS
-        return islice(takewhile(lambda _: time.monotonic() < until, self.stats(is_wanted, 0.0)), MAX_FIRST)
+        for stats in islice(self.stats(is_wanted, 0.0), MAX_FIRST):
+            yield stats
+            if time.monotonic() >= until:
+                return
 
     def _describe(self, group: Group, until: float) -> GroupStats:
         with self.lock:

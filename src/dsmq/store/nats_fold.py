@@ -162,7 +162,7 @@ class Fold:
             self.store.renumber(self._facts.pop(0)[1])
 
     def _apply_safely(self, messages: list[Mirrored], last_id: int) -> None:
-        """Apply messages, skipping those that fail: they must not stop the mirror."""
+        """Apply messages. Messages that fail are skipped, because they must not stop the mirror."""
         try:
             self.store.apply(messages, last_id)
         except Exception:
@@ -177,7 +177,7 @@ class Fold:
 
 
 def _key(message: Received) -> tuple[bytes, int] | None:
-    """Return the producer and number of a put: the client's, or those that the server assigned if it had none."""
+    """Return a put's producer and number, which the client set, or otherwise the server."""
     name, _, number = message.header(b"Nats-Msg-Id").rpartition(b":")
     if not number.isdigit():
         return None

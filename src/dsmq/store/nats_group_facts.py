@@ -1,4 +1,4 @@
-"""Publishes facts about groups of workers, and applies those of all servers in the order of the stream."""
+"""Publishes facts about groups of workers, and applies the facts of all servers in the order of the stream."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class GroupFacts:
         """Apply a fact. Raises ValueError and others if it can't be read."""
         name, what, *names = json.loads(body)
         if message_id <= self.as_of:
-            # It is part of the state, which does not tell its outcome.
+            # The fact is part of the loaded state, which does not contain its outcome.
             self._finish(name, _unsure())
             return
         key, values = (as_bytes(names[0]), as_bytes(names[1])), names[2:]

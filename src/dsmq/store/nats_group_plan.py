@@ -109,9 +109,9 @@ class Plan(Group):
     _popped: dict[int, HeldJob] = field(default_factory=dict)
     _planned: int = 0
     _repeated: int = 0
-    """Jobs to give again, or repeatedly."""
+    """The number of jobs given again, or given for repeated requests."""
     tokens: set[bytes] = field(default_factory=set)
-    """Those of the requests."""
+    """The tokens of the requests in the plan."""
 
     @classmethod
     def of(cls, group: SharedGroup, max_fact_bytes: int, max_topic_bytes: int) -> Plan:

@@ -66,7 +66,7 @@ class StreamRules:
         yield from store.expire_as_of(milliseconds)
 
     def report(self) -> None:
-        """Log which rules apply, if they are not those in the settings."""
+        """Log which rules apply, if they differ from the settings."""
         own, rules = encode_rules(self.own), self.fact.decode(errors="replace")
         if self.fact in (b"", own):
             return

@@ -123,7 +123,7 @@ class Removals:
         return found
 
     def _drop(self, counts: dict[bytes, int], found: list[_Written]) -> None:
-        """Drop the first messages of topics, but not the newest; `found` are those in the database. Never fails."""
+        """Drop the first messages of topics, but not the newest; `found` has those in the database. Never fails."""
         for (name, count), written in zip(counts.items(), found, strict=True):
             topic, size = self._topics.by_name[name], written.size
             if written.messages:

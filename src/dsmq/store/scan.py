@@ -23,7 +23,7 @@ from dsmq.store.schema import StoredMessage
 from dsmq.store.selection import Selection
 from dsmq.store.topics import Topic, TopicTable, WriteBuffer
 
-# How long a scan may take before it returns what it has, in seconds.
+# Seconds after which a scan returns what it has found so far.
 SCAN_SECONDS = 0.0003
 # If at most this many topics have messages to read, each is read by the index; otherwise, all rows are scanned.
 MAX_MERGED_TOPICS = 16
