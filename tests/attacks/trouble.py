@@ -67,6 +67,8 @@ class Reader:
     longest: float = 0.0
     errors: list[str] = field(default_factory=list)
     reads: int = 0
+    missed: int = 0
+    """Messages that expired before it could read them, because the machine is busy."""
 
     def run(self, ended: threading.Event) -> None:
         with self.daemon.client() as mq:
@@ -79,6 +81,7 @@ class Reader:
                 more = bool(sum(self._read(mq, topic) for topic in self.topics))
                 if not more:
                     time.sleep(0.002)
+            self.missed = mq.missed
 
     def _read(self, mq: DSMQClientSideConnection, topic: str) -> int:
         began = time.monotonic()
@@ -117,15 +120,15 @@ def clients(
 
 
 def judge(trial: Trial, writers: list[Writer], reader: Reader) -> None:
-    """Check that exactly the accepted messages have been read."""
+    """Check that exactly the accepted messages have been read, or counted as missed."""
     stored = {number: body for writer in writers for number, body in writer.stored.items()}
     lost = len(stored.keys() - reader.found.keys())
     strange = len(reader.found.keys() - stored.keys())
     wrong = sum(reader.found[number] != body for number, body in stored.items() if number in reader.found)
     trial.must(
         "every put that returned is read, exactly; no other is",
-        f"{len(stored):,} puts, {lost} lost, {strange} not accepted, {wrong} changed",
-        bool(stored) and not (lost or strange or wrong),
+        f"{len(stored):,} puts, {lost} lost, {reader.missed} missed, {strange} not accepted, {wrong} changed",
+        bool(stored) and lost == reader.missed and not (strange or wrong),
     )
 
 
@@ -133,7 +136,7 @@ def judge(trial: Trial, writers: list[Writer], reader: Reader) -> None:
 
 
 def full(trial: Trial) -> None:
-    limit, age = int(trial.size(64 * MIB, 2 * MIB)), trial.size(4, 0.5)
+    limit, age = int(trial.size(64 * MIB, 2 * MIB)), trial.size(4, 1.5)
     settings = {"max_stored_bytes": limit, "max_age_seconds": age, "expiry_interval_seconds": 0.1}
     with victim(trial, **settings) as on:
         daemon = on.daemon

@@ -230,7 +230,8 @@ class _JobCheck:
     def _idle(self, key: Key) -> Iterator[Violation]:
         """While a worker waits, no available job is left waiting."""
         empties = [one for one in self.empty[key] if one.wait > IDLE_SLACK_SECONDS]
-        if not empties or self.kills:
+        if not empties or self.kills or self.history.has_holes:
+            # Jobs may be waiting for a server or a node that does not answer.
             return
         for body, taken in self.taken[key].items():
             put, one = self.store.puts.get(body), min(taken, key=lambda one: one.attempt)
