@@ -427,8 +427,7 @@ def test_many_requests_are_planned_in_slices(log: Log) -> None:
     assert max(done) <= 100
 
 
-def test_job_whose_message_is_not_mirrored_yet_is_not_expired() -> None:
-    log = Log()
+def test_job_whose_message_is_not_mirrored_yet_is_not_expired(log: Log) -> None:
     servers = [FakeServer(log, random.Random(seed)) for seed in range(2)]
     request = Take(KEY, GROUP, Selection([KEY]), 1, 1000, 50, b"", "w")
     log.add((TOPICS[0], b"x", None))
@@ -474,3 +473,4 @@ def test_mirror_has_a_job_message_before_the_group_has_the_job() -> None:
     assert seen == [1, 4, 4]
     assert store.last_id() == 6
     assert [message.id for message in store.read(b"t", 0, 10, 1000)] == [1, 3, 4]
+    store.close()
