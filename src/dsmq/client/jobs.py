@@ -215,11 +215,9 @@ class _Order(NamedTuple):
 
 def _order(topic: str, group: str, lease: float, prefetch: int) -> _Order:
     """Raises TypeError or ValueError if an argument is invalid."""
-    try:
+    with suppress(TypeError):
         return _known_order(topic, group, lease, prefetch)
-    except TypeError:
-        # Perhaps only because it is not hashable.
-        pass
+    # An argument is invalid, or just not hashable. Not in a handler, so that the error has no other as its context.
     return _check_order(topic, group, lease, prefetch)
 
 

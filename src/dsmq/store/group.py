@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
+from dsmq.errors import JobLost
+
 if TYPE_CHECKING:
     from dsmq.store.selection import Selection
 
@@ -33,6 +35,10 @@ class Receipt(NamedTuple):
 
     id: int
     attempt: int
+
+    def not_current(self) -> JobLost:
+        """Return the error for a job that its worker no longer holds."""
+        return JobLost(f"attempt {self.attempt} of job {self.id} is not the current one")
 
 
 @dataclass(slots=True)

@@ -12,10 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple
 from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq import logs
-from dsmq.errors import BadRequest, Full, JobLost, ReplyError
+from dsmq.errors import BadRequest, Full, ReplyError
 from dsmq.store.api import Answer, Found, ManyTopics, Message, Outcome, Put, TopicMessage
 from dsmq.store.group import MAX_DONE, Group, GroupCounts, HeldJob, Receipt
 from dsmq.store.group_figures import GroupFigures
@@ -192,7 +193,9 @@ class Groups(GroupFigures):
             if message := self._read(group, job):
                 group.extend(job, now + request.lease_ms)
                 jobs.append(Job(job.topic, *message, job.attempt))
-                self.on_available((group.key, group.name))
+        if jobs:
+            # Their leases may end earlier now.
+            self.on_available((group.key, group.name))
         return jobs
 
     def _take(self, group: Group, request: Take, now: int) -> list[Job] | None:
@@ -272,12 +275,16 @@ class Groups(GroupFigures):
 
     def _read(self, group: Group, job: HeldJob) -> Message | None:
         """Return the message of a job; if it has expired, remove the job."""
+        message = self._message(job)
+        if message is None:
+            group.remove(job)
+            group.counts.expired += 1
+        return message
+
+    def _message(self, job: HeldJob) -> Message | None:
+        """Return the message of a job, unless it has expired."""
         found = self._source.read(job.topic, job.id - 1, 1, 1)
-        if found and found[0].id == job.id:
-            return found[0]
-        group.remove(job)
-        group.counts.expired += 1
-        return None
+        return found[0] if found and found[0].id == job.id else None
 
     def done(self, key: bytes, name: bytes, receipts: Sequence[Receipt]) -> Answer[None]:
         """Finish jobs, all or none. Raises JobLost if a receipt is no longer current."""
@@ -318,7 +325,7 @@ class Groups(GroupFigures):
 
     def _check(self, group: Group | None, receipt: Receipt) -> Group:
         if group is None or not group.is_current(receipt):
-            raise JobLost(f"attempt {receipt.attempt} of job {receipt.id} is not the current one")
+            raise receipt.not_current()
         return group
 
     def due_in(self, key: bytes, name: bytes) -> int:
@@ -381,13 +388,7 @@ class Groups(GroupFigures):
         jobs: list[tuple[object, ...]] = []
         parts: list[tuple[int, dict[int, int], dict[bytes, tuple[int, int]]]] = []
         for row, group in enumerate(self._groups.values()):
-            counts = group.counts
-            groups.append(
-                (
-                    *(row, group.key, group.name, group.used_at, group.position, counts.taken, counts.repeated),
-                    *(counts.done, counts.failed, counts.unmoved, counts.expired, counts.dropped),
-                )
-            )
+            groups.append((row, group.key, group.name, group.used_at, group.position, *astuple(group.counts)))
             jobs += [
                 (row, job.id, job.topic, job.attempt, job.until, job.is_held, job.token) for job in group.jobs.values()
             ]

@@ -109,9 +109,13 @@ class Fold:
     def _apply_to_groups(self, fact: bytes, message_id: int, age_ms: int) -> None:
         try:
             self.groups.apply(fact, message_id, age_ms)
-        except Exception:
-            _logger.exception("fact %s can't be applied", message_id, extra=event("skipped", id=message_id))
-            self.skipped += 1
+        except Exception:  # noqa: BLE001
+            self._skip_fact(message_id)
+
+    def _skip_fact(self, message_id: int) -> None:
+        """Log the exception being handled. The fact must not stop the mirror."""
+        _logger.exception("fact %s can't be applied", message_id, extra=event("skipped", id=message_id))
+        self.skipped += 1
 
     def _slices(self, message: Received, age_ms: int) -> Iterator[int] | None:
         """Return an iterator that applies a message that changes others, in slices; None for other messages."""
@@ -136,9 +140,8 @@ class Fold:
             for changed in slices:
                 count += changed
                 await asyncio.sleep(0)
-        except Exception:
-            _logger.exception("fact %s can't be applied", message_id, extra=event("skipped", id=message_id))
-            self.skipped += 1
+        except Exception:  # noqa: BLE001
+            self._skip_fact(message_id)
         self._change = None
         if store is self.store:
             self.purged[message_id] = count

@@ -10,24 +10,19 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dsmq.errors import JobLost, ReplyError, StoreFailed
+from dsmq.errors import ReplyError, StoreFailed
 from dsmq.store.api import Answer, Message, Outcome
 from dsmq.store.group import Group, HeldJob, Receipt
 from dsmq.store.groups import MAX_MOVED, MOVE_AGAIN_MS, Groups, Job, Source, Take, count_unmoved, failed_put
 from dsmq.store.nats_group_facts import GroupFacts, Key
-from dsmq.store.nats_group_plan import (
-    Plan,
-    Refused,
-    SharedGroup,
-    is_known,
-)
+from dsmq.store.nats_group_plan import Plan, Refused, SharedGroup, is_known
 
 if TYPE_CHECKING:
     from dsmq.store.nats import NATSStore
@@ -124,7 +119,7 @@ class NATSGroups(GroupFacts, Groups):
     ) -> None:
         try:
             if error is None and not try_now():
-                error = JobLost(f"attempt {receipts[0].attempt} of job {receipts[0].id} is not the current one")
+                error = receipts[0].not_current()
         except ReplyError as failed:
             error = failed
         if error is not None:
@@ -141,10 +136,10 @@ class NATSGroups(GroupFacts, Groups):
                 failed = self._failed(key, group)
                 is_unused = due is None and now - group.used_at > self._source.longest_age_ms()
             if is_unused:
-                self._end(key, [0], "forget", group.changed_by)
+                self._end(key, 0, "forget", group.changed_by)
             for job in failed:
                 if job.is_held:
-                    self._end(key, [job.id], "end", job.id, job.version)
+                    self._end(key, job.id, "end", job.id, job.version)
                 elif job.id <= self._source.last_id():
                     self._move(key, group, job)
         return not is_done
@@ -285,24 +280,24 @@ class NATSGroups(GroupFacts, Groups):
         group.failed = list(failed.values())
         return [job for job in group.failed if (key, job.id) not in self._ending][:MAX_MOVED]
 
-    def _end(self, key: Key, ids: Iterable[int], what: str, *values: object) -> None:
-        """Publish a fact about these jobs, unless one is under way."""
-        ending = {(key, one) for one in ids} - self._ending
-        if ending:
-            self._ending |= ending
-            self._publish(lambda _: self._ending.difference_update(ending), what, key, *values)
+    def _end(self, key: Key, job_id: int, what: str, *values: object) -> None:
+        """Publish a fact about a failed job, or about an unused group (0), unless one is in flight."""
+        ending = key, job_id
+        if ending not in self._ending:
+            self._ending.add(ending)
+            self._publish(lambda _: self._ending.discard(ending), what, key, *values)
 
     def _move(self, key: Key, group: SharedGroup, job: HeldJob) -> None:
         """Move a failed job to its topic, once, even if several servers try."""
-        found = self._source.read(job.topic, job.id - 1, 1, 1)
-        if not found or found[0].id != job.id:
-            self._end(key, [job.id], "remove", job.id, job.version, "expired")
+        message = self._message(job)
+        if message is None:
+            self._end(key, job.id, "remove", job.id, job.version, "expired")
             return
         names = hashlib.sha256(b"%d:%b%b" % (len(key[0]), *key)).hexdigest()[:24]
         self._ending.add((key, job.id))
         answer: Answer[list[Outcome]]
         try:
-            put = failed_put(job, found[0].body, self.limits, (b"failed-%b-%d" % (names.encode(), job.id), 1))
+            put = failed_put(job, message.body, self.limits, (b"failed-%b-%d" % (names.encode(), job.id), 1))
             answer = self._engine.append([put])
         except ReplyError as error:
             answer = [error]
@@ -315,7 +310,7 @@ class NATSGroups(GroupFacts, Groups):
     def _on_moved(self, key: Key, group: SharedGroup, job: HeldJob, outcome: object) -> None:
         self._ending.discard((key, job.id))
         if not isinstance(outcome, Exception):
-            self._end(key, [job.id], "remove", job.id, job.version, "failed")
+            self._end(key, job.id, "remove", job.id, job.version, "failed")
             return
         with self.lock:
             count_unmoved(group, job, outcome)
