@@ -11,7 +11,7 @@ from pathlib import Path
 
 from chaos.clients import Job
 from chaos.cluster import Cluster, frozen
-from chaos.proxy import Fault
+from chaos.proxy import Fault, Proxy
 from chaos.stage import Stage
 
 # Clients that wait long enough for the engine to answer that it has no leader.
@@ -183,35 +183,47 @@ def server_killed(stage: Stage) -> None:
     """A server is killed, and started again."""
     cluster = stage.cluster()
     with crowd(stage, cluster):
-        for _ in range(stage.size(3, 1)):
-            stage.pause(1.5, 1)
-            server = stage.random.choice(cluster.servers)
-            stage.fault("server killed")
-            server.kill()
-            stage.pause(2, 0.5)
-            server.start()
+        kill_servers(stage, cluster, stage.size(3, 1))
+
+
+def kill_servers(stage: Stage, cluster: Cluster, times: int) -> None:
+    for _ in range(times):
+        stage.pause(1.5, 1)
+        server = stage.random.choice(cluster.servers)
+        stage.fault("server killed")
+        server.kill()
+        stage.pause(2, 0.5)
+        server.start()
 
 
 def servers_restarted(stage: Stage) -> None:
     """Servers are stopped and started, one after another, and both at once."""
     cluster = stage.cluster()
     with crowd(stage, cluster):
-        for servers in (cluster.servers[:1], cluster.servers[1:], cluster.servers)[:: stage.size(1, 2)]:
-            stage.pause(1.5, 0.7)
-            for server in servers:
-                stage.fault("server restarted")
-                server.stop()
-            for server in servers:
-                server.start()
+        restart_servers(stage, cluster)
+
+
+def restart_servers(stage: Stage, cluster: Cluster) -> None:
+    for servers in (cluster.servers[:1], cluster.servers[1:], cluster.servers)[:: stage.size(1, 2)]:
+        stage.pause(1.5, 0.7)
+        for server in servers:
+            stage.fault("server restarted")
+            server.stop()
+        for server in servers:
+            server.start()
 
 
 def server_frozen(stage: Stage) -> None:
     """A server is suspended for longer than clients wait for a reply."""
     cluster = stage.cluster()
     with crowd(stage, cluster, HASTY):
-        for server in cluster.servers[: stage.size(2, 1)]:
-            stage.pause(1, 0.7)
-            freeze(stage, server.daemon.signal, 5)
+        freeze_servers(stage, cluster)
+
+
+def freeze_servers(stage: Stage, cluster: Cluster) -> None:
+    for server in cluster.servers[: stage.size(2, 1)]:
+        stage.pause(1, 0.7)
+        freeze(stage, server.daemon.signal, 5)
 
 
 def freeze(stage: Stage, send: Callable[[int], None], seconds: float) -> None:
@@ -225,11 +237,15 @@ def server_cut_off(stage: Stage) -> None:
     """A server silently loses its connections to all nodes, while the other one works."""
     cluster = stage.cluster(behind_proxies=True)
     with crowd(stage, cluster):
-        for number in range(stage.size(2, 1)):
-            stage.pause(1, 0.7)
-            cluster.cut_off(number, on=True)
-            stage.pause(8, 5)
-            cluster.cut_off(number, on=False)
+        cut_off_servers(stage, cluster)
+
+
+def cut_off_servers(stage: Stage, cluster: Cluster) -> None:
+    for number in range(stage.size(2, 1)):
+        stage.pause(1, 0.7)
+        cluster.cut_off(number, on=True)
+        stage.pause(8, 5)
+        cluster.cut_off(number, on=False)
 
 
 def engine_resets(stage: Stage) -> None:
@@ -293,25 +309,32 @@ def _move(stage: Stage, cluster: Cluster, seconds: float = 0.0) -> None:
     job = Job("", 0, pause=0.002, options={"timeout": seconds or 10.0})
     with ExitStack() as stack:
         stack.enter_context(stage.crowd(0, ports=[proxy.port for proxy in proxies], job=job))
-        for proxy in proxies:
-            break_often(stage, proxy, cluster.ports, seconds)
-            proxy.reset_all()
-        stage.pause(8, 3)
-        for proxy in proxies:
-            proxy.disarm()
-        stage.pause(1, 0.3)
+        break_connections(stage, proxies, cluster.ports, (8, 3), seconds)
     cluster.audit()
 
 
-def break_often(stage: Stage, proxy: object, ports: list[int], seconds: float = 0.0) -> None:
+def break_connections(
+    stage: Stage, proxies: list[Proxy], ports: list[int], pause: tuple[float, float], seconds: float = 0.0
+) -> None:
+    """Break connections during this pause. Those that follow lead to random servers."""
+    for proxy in proxies:
+        _break_often(stage, proxy, ports, seconds)
+        proxy.reset_all()
+    stage.pause(*pause)
+    for proxy in proxies:
+        proxy.disarm()
+    stage.pause(1, 0.3)
+
+
+def _break_often(stage: Stage, proxy: Proxy, ports: list[int], seconds: float) -> None:
     def plan(_: int) -> list[Fault]:
         # For the next connection.
-        proxy.target = stage.random.choice(ports)  # type: ignore[attr-defined]
+        proxy.target = stage.random.choice(ports)
         kind, after = ("hole", 20_000) if seconds else ("reset", 5_000)
         side = stage.random.choice(("request", "reply"))
         return [Fault(kind, side, 700 + int(stage.random.expovariate(1 / after)))]  # type: ignore[arg-type]
 
-    proxy.plan = plan  # type: ignore[attr-defined]
+    proxy.plan = plan
 
 
 # Everything at once

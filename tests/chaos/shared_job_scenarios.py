@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from chaos.cluster import Cluster, frozen
-from chaos.cluster_scenarios import break_often, freeze, kill_node
+from chaos.cluster_scenarios import (
+    break_connections,
+    cut_off_servers,
+    freeze_servers,
+    kill_node,
+    kill_servers,
+    restart_servers,
+)
 from chaos.job_scenarios import GROUPS, MAX_ATTEMPTS, working
 from chaos.stage import Stage
 
@@ -48,26 +55,14 @@ def workers_and_servers_killed(stage: Stage) -> None:
     cluster = stage.cluster()
     # A request that was sent to the dying server may be in flight.
     with sharing(stage, cluster):
-        for _ in range(stage.size(3, 2)):
-            stage.pause(1.5, 0.7)
-            server = stage.random.choice(cluster.servers)
-            stage.fault("server killed")
-            server.kill()
-            stage.pause(1.5, 0.5)
-            server.start()
+        kill_servers(stage, cluster, stage.size(3, 2))
 
 
 def workers_and_servers_restarted(stage: Stage) -> None:
     """Servers are stopped and started, one after another, and both at once."""
     cluster = stage.cluster()
     with sharing(stage, cluster):
-        for servers in (cluster.servers[:1], cluster.servers[1:], cluster.servers)[:: stage.size(1, 2)]:
-            stage.pause(1.5, 0.7)
-            for server in servers:
-                stage.fault("server restarted")
-                server.stop()
-            for server in servers:
-                server.start()
+        restart_servers(stage, cluster)
 
 
 def workers_and_leaders_killed(stage: Stage) -> None:
@@ -95,20 +90,14 @@ def workers_and_servers_frozen(stage: Stage) -> None:
     """A server is suspended for longer than leases last, and than workers wait for a reply."""
     cluster = stage.cluster()
     with sharing(stage, cluster, timeout=HASTE_SECONDS):
-        for server in cluster.servers[: stage.size(2, 1)]:
-            stage.pause(1, 0.7)
-            freeze(stage, server.daemon.signal, 5)
+        freeze_servers(stage, cluster)
 
 
 def workers_and_servers_cut_off(stage: Stage) -> None:
     """A server silently loses its connections to all nodes, while the other one works."""
     cluster = stage.cluster(behind_proxies=True)
     with sharing(stage, cluster):
-        for number in range(stage.size(2, 1)):
-            stage.pause(1, 0.7)
-            cluster.cut_off(number, on=True)
-            stage.pause(8, 5)
-            cluster.cut_off(number, on=False)
+        cut_off_servers(stage, cluster)
 
 
 def workers_and_partitions(stage: Stage) -> None:
@@ -129,13 +118,7 @@ def workers_move(stage: Stage) -> None:
     cluster = stage.cluster()
     proxies = [stage.proxy(port) for port in cluster.ports]
     with sharing(stage, cluster, *(proxy.port for proxy in proxies)):
-        for proxy in proxies:
-            break_often(stage, proxy, cluster.ports)
-            proxy.reset_all()
-        stage.pause(6, 2)
-        for proxy in proxies:
-            proxy.disarm()
-        stage.pause(1, 0.3)
+        break_connections(stage, proxies, cluster.ports, (6, 2))
 
 
 def shared_workers_that_fail(stage: Stage) -> None:

@@ -436,15 +436,20 @@ def test_with_settles_job_at_once(mq: Client, other: Client) -> None:
     assert texts(other) == []
 
 
+def lose_a_job(mq: Client, other: Client) -> tuple[Any, Any, Any]:
+    """Return a loop, its job, and that job as another worker got it after the lease; another message is next."""
+    mq.put("t", "x")
+    loop = mq.work("t", lease=UNIT, timeout=SOON)
+    job, again = next(loop), other.take("t", timeout=SOON)
+    mq.put("t", "y")
+    return loop, job, again
+
+
 def test_loop_warns_of_a_job_lost_before_it_was_finished_and_continues(
     mq: Client, other: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    mq.put("t", "x")
-    loop = mq.work("t", lease=UNIT, timeout=SOON)
-    job = next(loop)
-    again = other.take("t", timeout=SOON)
+    loop, job, again = lose_a_job(mq, other)
     assert (again.id, again.attempt) == (job.id, 2)
-    mq.put("t", "y")
     assert next(loop).text == "y"
     [warning] = caplog.records
     assert warning.levelname == "WARNING"
@@ -455,11 +460,7 @@ def test_loop_warns_of_a_job_lost_before_it_was_finished_and_continues(
 def test_loop_does_not_warn_of_a_lost_job_that_its_caller_has_finished(
     mq: Client, other: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    mq.put("t", "x")
-    loop = mq.work("t", lease=UNIT, timeout=SOON)
-    job = next(loop)
-    other.take("t", timeout=SOON)
-    mq.put("t", "y")
+    loop, job, _ = lose_a_job(mq, other)
     with pytest.raises(JobLost), job:
         pass
     assert next(loop).text == "y"

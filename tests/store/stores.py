@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 from dsmq.store.api import Limits, Message, Put
 from dsmq.store.schema import Batch
 from dsmq.store.sqlite import SQLiteStore
@@ -65,6 +67,23 @@ class ClockedStore(SQLiteStore):
         for batch in batches:
             yield batch
             self.between_batches()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def store_fixture(max_age_ms: int) -> Any:
+    """Return the fixture `store`: a new store whose clock is the fixture `clock`."""
+
+    @pytest.fixture(name="store")
+    def new_store(clock: Clock) -> Iterator[ClockedStore]:
+        store = ClockedStore(max_age_ms, clock)
+        yield store
+        store.close()
+
+    return new_store
 
 
 def refuse_inserts(store: ClockedStore) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
 
 import pytest
-from stores import Clock, ClockedStore, a_put, expire_all, put, read
+from stores import Clock, ClockedStore, a_put, clock, expire_all, put, read, store_fixture
 
 from dsmq.errors import Full
 from dsmq.store.api import DROP_OLDEST, Limits, TopicRule
@@ -16,16 +15,9 @@ from dsmq.store.schema import LONG_BYTES
 AGE = 1_000
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def store(clock: Clock) -> Iterator[ClockedStore]:
-    store = ClockedStore(AGE, clock)
-    yield store
-    store.close()
+store = store_fixture(AGE)
+# Fixtures.
+__all__ = ["clock", "store"]
 
 
 def keep(store: ClockedStore, *rules: TopicRule, **limits: object) -> None:

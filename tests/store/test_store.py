@@ -6,7 +6,7 @@ import itertools
 import sqlite3
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from types import SimpleNamespace
@@ -19,12 +19,14 @@ from stores import (
     ClockedStore,
     a_message,
     a_put,
+    clock,
     expire_all,
     put,
     put_as,
     read,
     refuse_inserts,
     stop_growing,
+    store_fixture,
 )
 
 from dsmq.errors import Forgotten, Full, StartupError, StoreFailed
@@ -37,17 +39,9 @@ from dsmq.store.schema import LONG_BYTES
 from dsmq.store.sqlite import MAX_BUFFERED_BYTES, MAX_BUFFERED_MESSAGES, SQLiteStore
 from dsmq.store.topics import FREE_PAGE_BYTES
 
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def store(clock: Clock) -> Iterator[ClockedStore]:
-    store = ClockedStore(MAX_AGE, clock)
-    yield store
-    store.close()
+store = store_fixture(MAX_AGE)
+# Fixtures.
+__all__ = ["clock", "store"]
 
 
 def bodies(messages: list[Message]) -> list[bytes]:

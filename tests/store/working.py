@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-from stores import Clock, ClockedStore
+from stores import ClockedStore, clock, store_fixture
 
 from dsmq.store.group_figures import GroupStats
 from dsmq.store.groups import Job, Take
@@ -14,17 +11,9 @@ from dsmq.store.selection import Selection
 AGE, LEASE = 100_000, 1_000
 W = b"workers"
 
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def store(clock: Clock) -> Iterator[ClockedStore]:
-    store = ClockedStore(AGE, clock)
-    yield store
-    store.close()
+store = store_fixture(AGE)
+# Fixtures.
+__all__ = ["clock", "store"]
 
 
 def take(
