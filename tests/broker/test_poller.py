@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import socket
+import time
+from collections.abc import Callable
 from selectors import EVENT_READ, EVENT_WRITE
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,6 +15,7 @@ from conftest import serving, wire_to
 from dsmq.broker import event_loop
 from dsmq.broker.poller import Poller, SelectorPoller
 from dsmq.wire.resp import encode_request
+from helpers import reached
 
 pytestmark = pytest.mark.parametrize("kind", sorted({Poller, SelectorPoller}, key=lambda kind: kind.__name__))
 
@@ -57,3 +62,33 @@ def test_server_works_with_either_poller(kind: type[SelectorPoller], monkeypatch
         body = "x" * 5_000_000
         assert writer.call("PUT", "t", body) == 1
         assert reader.receive() == body.encode()
+
+
+def test_request_completed_while_server_is_stopped_is_not_late(
+    kind: type[SelectorPoller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process stops after its sockets were polled; until it continues, the request is completed, and times out."""
+    stops: list[Callable[[], None]] = []
+    stopped_for = 0.0
+
+    class Stopping(kind):  # type: ignore[valid-type, misc]
+        def wait(self, seconds: float) -> list[tuple[Any, int]]:
+            ready: list[tuple[Any, int]] = super().wait(seconds)
+            if ready and stops:
+                stops.pop()()
+            return ready
+
+    def stop() -> None:
+        nonlocal stopped_for
+        slow.send(request[10:])
+        stopped_for += 1000
+
+    monkeypatch.setattr(event_loop, "Poller", Stopping)
+    monkeypatch.setattr(event_loop, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + stopped_for))
+    request = encode_request(b"PUT", b"t", b"in two halves")
+    with serving(request_timeout_seconds=60) as server, wire_to(server) as slow, wire_to(server) as other:
+        slow.send(request[:10])
+        assert reached(lambda: server.status.counters().bytes_in == 10)
+        stops.append(stop)
+        assert other.call("PING") == "PONG"
+        assert slow.receive() == 1

@@ -188,10 +188,10 @@ class Connection:
         if when < self.scheduled:
             self.loop.schedule(self, when)
 
-    def on_timer(self) -> None:
-        """Run the actions that are due."""
+    def on_timer(self, now: float) -> None:
+        """Run the first action that is due."""
         for when, action in deadlines(self):
-            if when <= self.loop.now:
+            if when <= now:
                 action()
                 break
         self._reschedule()

@@ -69,7 +69,7 @@ def _end_idle(connection: Connection) -> None:
 
 
 class Timers:
-    """Calls `on_timer` of targets at their scheduled times; a new time replaces the previous one."""
+    """Calls `on_timer` of targets, with the time, once their scheduled times have come; a new time replaces the previous one."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, TimerTarget]] = []
@@ -97,7 +97,7 @@ class Timers:
                 target = timer[2]
                 target.scheduled = math.inf
                 try:
-                    target.on_timer()
+                    target.on_timer(now)
                 except Exception:  # noqa: BLE001
                     target.on_failure()
 

@@ -190,6 +190,9 @@ class EventLoop:
 
     def _turn(self) -> None:
         before = self.counters.requests
+        # A timer runs only after the sockets have been read once more: what has arrived in time is not late, even if
+        # the process was stopped (SIGSTOP) in the meantime.
+        due = self.now
         ready = self._wait()
         self.now = self._answered_at = time.monotonic()
         if ready:
@@ -209,8 +212,8 @@ class EventLoop:
         if self.now >= self._pulse_at:
             self.counters.lag_seconds.add(self.now - self._pulse_at)
             self._pulse_at = self.now + PULSE_SECONDS
-        if self._timers.next_at <= self.now:
-            self._timers.run(self.now)
+        if self._timers.next_at <= due:
+            self._timers.run(due)
         if self.waiters.to_wake or self.waiters.unmatched:
             self.waiters.serve()
         if self.memory.is_short:
@@ -281,9 +284,7 @@ class EventLoop:
         until = min(self._timers.next_at, self._pulse_at, self._stop_at)
         if self.memory.is_short:
             until = min(until, self.now + ROOM_SECONDS)
-        # When the process continues after SIGSTOP, the first call returns nothing even if requests have arrived, and
-        # the timers would consider them late.
-        return self._poller.wait(until - time.monotonic()) or self._poller.wait(0)
+        return self._poller.wait(until - time.monotonic())
 
     def _flush_store(self) -> None:
         try:

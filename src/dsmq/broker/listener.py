@@ -195,7 +195,7 @@ class Listener:
         self.loop.unlisten(self)
         self.loop.schedule(self, self.loop.now + ACCEPT_PAUSE_SECONDS)
 
-    def on_timer(self) -> None:
+    def on_timer(self, _: float) -> None:
         """Accept again."""
         self.loop.listen([self])
 
