@@ -99,7 +99,8 @@ def run_operations(systems: list[System], rounds: int, operations: list[str]) ->
     for number in range(rounds + 1):
         for operation in operations:
             count, label = OPERATIONS[operation]
-            for system in systems:
+            # In turn, because what ran before has an effect, such as an idle processor.
+            for system in systems[number % len(systems) :] + systems[: number % len(systems)]:
                 progress(f"round {number} of {rounds}: {label}, {system.name}")
                 answer = system.measure(operation, count)
                 # The first round warms up.
