@@ -265,7 +265,7 @@ def _without_epoch(request: list[bytes], least: int) -> list[bytes]:
     if request[-2].upper() != b"EPOCH":
         return request
     if len(request) < least + 2:
-        raise BadRequest("EPOCH should follow the other arguments")
+        raise BadRequest("EPOCH should follow id, attempt and ms")
     if len(request[-1]) > MAX_NAME_BYTES:
         raise BadRequest(f"EPOCH: an epoch has at most {MAX_NAME_BYTES} bytes")
     return request[:-2]
