@@ -31,7 +31,7 @@ MAX_DISCARDED_BYTES = 65_536
 
 
 class Requests:
-    """Receives requests, and runs them in order, with one reply to each. Buffered requests count towards a total."""
+    """Receives requests and runs them in order, with one reply to each. Buffered requests count towards a total."""
 
     __slots__ = (
         *("_discarded", "budget", "connection", "counts", "incomplete_since", "loop", "max_receive", "parser"),
@@ -46,14 +46,14 @@ class Requests:
         self.counts: dict[str, int] = connection.counters.commands
         self.parser = RequestParser(0)
         self.queue: list[list[bytes]] = []
-        """Requests parsed but not run yet; so few that a deque would not be faster, only larger when idle."""
+        """Requests parsed but not yet run; so few that a deque would not be faster, only larger when idle."""
         self.transaction: Transaction | None = None
         self.steps: list[Step] = []
         """The remaining steps of EXEC, in reverse order. The queue contains a request with an empty name for each."""
         self.permitted: dict[bytes, Command] = {}
         self.max_receive = RECEIVE_BYTES
         self.reserved = 0
-        """Their share of the total bytes. An incomplete request counts as its declared length."""
+        """This connection's share of the total. An incomplete request counts with its declared length."""
         self.incomplete_since = inf
         self.slow_from = inf
         """When the average speed of an incomplete request will have fallen below SLOW_BYTES_PER_SECOND."""
@@ -88,7 +88,7 @@ class Requests:
     # Receiving
 
     def on_ready(self, events: int) -> None:
-        """Read or write, as the socket is ready."""
+        """Receive or send, depending on the socket's events."""
         connection, transport, loop = self.connection, self.transport, self.loop
         if connection.state is HANDSHAKE:
             transport.shake_hands()
@@ -124,7 +124,7 @@ class Requests:
         self.connection.on_failure()
 
     def _scarce_bytes(self) -> int:
-        """Return how many bytes to receive: fewer if many connections are ready, or if memory is short."""
+        """Return how many bytes to receive: fewer if many connections are ready or if memory is short."""
         most = self.max_receive if self.loop.slice_seconds else min(self.max_receive, CROWD_RECEIVE_BYTES)
         return min(most, FREE_BYTES + self.missing) if self.budget.is_crowded else most
 

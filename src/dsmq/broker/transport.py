@@ -1,4 +1,4 @@
-"""A client's socket, and its unsent replies."""
+"""A client's socket and its unsent replies."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Transport:
         self.data = bytearray()
         """Unsent replies."""
         self.counted = 0
-        """Their share of the total bytes."""
+        """The bytes counted in the total."""
         self.max_unread = 0
         """If more bytes than this are unsent, no further requests run."""
         self.unread_since = inf
@@ -55,7 +55,7 @@ class Transport:
         self.slow_from = inf
         """When the client's average reading speed will have fallen below SLOW_BYTES_PER_SECOND."""
         self.active_at = 0.0
-        """When data was last received, or finally sent."""
+        """When data was last received, or the last reply was sent completely."""
         self.linger_seconds = LINGER_SECONDS
         self.eof_received = False
         self.events = 0
@@ -140,7 +140,7 @@ class Transport:
             self.connection.schedule(now + self.connection.context.settings.reply_timeout_seconds)
 
     def _linger(self) -> None:
-        """End the stream, and give the client time to read the replies and disconnect.
+        """End the stream and give the client time to read the replies and disconnect.
 
         If the server closed while the client is still sending, the kernel would reset the connection, and the last
         reply might be lost.
