@@ -344,7 +344,7 @@ def test_new_request_overtakes_pipelines_of_others(around_turns: AroundTurns) ->
             around_turns(arrive_later)
         place = modest.receive()
         assert isinstance(place, int)
-        # Another connection runs a batch, or one request, in between.
+        # Another connection runs a batch or one request in between.
         assert before[0] < place <= before[0] + 100
 
 

@@ -22,7 +22,7 @@ PAUSE_SECONDS = 0.01
 
 
 class Peer:
-    """A redis-py connection that reconnects, and then repeats the request."""
+    """A redis-py connection that reconnects and then repeats the request."""
 
     def __init__(self, ports: Sequence[int], timeout: float) -> None:
         self._ports = itertools.cycle(ports)
@@ -121,7 +121,7 @@ class Reading:
 
 
 def pair(job: Job, timeout: float, history: History) -> tuple[Callable[[Stop], None], Reading, list[Peer]]:
-    """Return a connected writer and reader, and the connections to close."""
+    """Return a connected writer and reader and the connections to close."""
     peers = [Peer((job.port, *job.others), timeout) for _ in range(2)]
     reading = Reading(replace(job, name="redis-reader"), history, peers[1])
     writer = replace(job, name="redis-writer")

@@ -44,7 +44,7 @@ def hunt(mutants: dict[Callable[[], None], str], seed: int, keep: Path | None) -
 
 
 def show(outcome: Outcome) -> str:
-    """Return the violations, and where the history is kept."""
+    """Return the violations and where the history is kept."""
     lines = [f"{outcome.scenario}, seed {outcome.seed}: {summary(outcome.violations)}; kept in {outcome.kept}"]
     lines += map(str, outcome.violations[:SHOWN])
     return "\n".join(lines)

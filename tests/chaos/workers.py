@@ -70,7 +70,7 @@ class WorkerJob:
 
 
 class Wire(Peer):
-    """A connection that records when TAKE is sent, and continues with another run of the server."""
+    """A connection that records when TAKE is sent and continues with another run of the server."""
 
     on_send: Callable[[float], object] = staticmethod(lambda _: None)
 
@@ -85,7 +85,7 @@ class Wire(Peer):
 
 
 class Worker:
-    """Takes jobs, and ends them in all possible ways."""
+    """Takes jobs and ends them in all possible ways."""
 
     def __init__(self, job: WorkerJob, log: Callable[[Event], object], calls: Calls | None = None) -> None:
         self.job, self._log, self._calls = job, log, calls or Calls()
@@ -159,7 +159,7 @@ class Worker:
                 self.settle(taken, "done")
 
     def settle(self, taken: Taken, verb: str, seconds: float = 0.0) -> bool:
-        """End a job, or extend its lease; return whether there was a reply."""
+        """End a job or extend its lease; return whether there was a reply."""
         event = Settled(
             *(taken.worker, taken.key, taken.group, verb, taken.id, taken.attempt, taken.body, time.monotonic()),
             seconds=seconds,
@@ -177,7 +177,7 @@ class Worker:
         return True
 
     def _end(self, event: Settled, sends: list[float]) -> tuple[float, str | None]:
-        """Return when a request was answered, and its reply; append when it was sent."""
+        """Return when a request was answered and its reply; append when it was sent."""
         words = [event.verb.upper(), event.key, event.group, event.id, event.attempt]
         words += [] if event.verb == "done" else [round(event.seconds * 1000)]
         _, ended, reply = self._call(sends.append, *words)

@@ -1,4 +1,4 @@
-"""The blocking client against a real server: its API, and its errors."""
+"""The blocking client against a real server: its API and its errors."""
 
 from __future__ import annotations
 
@@ -665,7 +665,7 @@ def test_trickling_reply_extends_timeout(end: bytes) -> None:
 
 @contextmanager
 def fake_server(*replies: bytes) -> Iterator[int]:
-    """A listener that sends a reply after each receive, and then closes the connection."""
+    """A listener that sends a reply after each receive and then closes the connection."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def answer() -> None:

@@ -32,7 +32,7 @@ MOST_MESSAGES, MESSAGES = 10_000, 200
 
 
 class Dsmq:
-    """This project: the topics by their names, or a pattern."""
+    """This project: the topics by their names or a pattern."""
 
     server = "dsmq"
     package = "dsmq.client"

@@ -166,5 +166,5 @@ def test_long_messages_reuse_memory_of_expired_short_ones(size: int) -> None:
         wait_until(lambda: mq.topics() == [])
         for _ in range(0, stored * 9 // 10, size):
             mq.put("t", b"y" * size)
-        # The last term is for the program, and for gaps in the heap.
+        # The last term is for the program and for gaps in the heap.
         assert peak_bytes(process) < 1.3 * stored + 150 * MIB

@@ -101,7 +101,7 @@ def test_starting_server_is_waited_for_at_all_addresses(resolve: Resolve) -> Non
 
 @contextmanager
 def front(*replies: bytes) -> Iterator[tuple[int, list[int]]]:
-    """A listener that replies to the first data on each connection, and closes it."""
+    """A listener that replies to the first data on each connection and closes it."""
     listener = socket.create_server(("127.0.0.1", 0))
     accepted: list[int] = []
 
