@@ -23,6 +23,7 @@ from commands import NASTY, address, assert_one_line, mq, on_terminal, result, s
 from conftest import SOON, UNIT, Daemon, daemon, wait_until
 from dsmq import aio
 from dsmq.client import DSMQClientSideConnection
+from dsmq.wire.resp import BUILD
 from helpers import refusing_address
 
 # Fixtures.
@@ -37,7 +38,7 @@ def server() -> Iterator[Daemon]:
 
 
 def values(out: bytes) -> dict[str, str]:
-    return {line.split()[0]: line.split()[1] for line in out.decode().splitlines()}
+    return dict(line.split(maxsplit=1) for line in out.decode().splitlines())
 
 
 def test_stats_describes_a_topic(topic: str, mq: DSMQClientSideConnection) -> None:
@@ -56,7 +57,7 @@ def test_stats_describes_a_topic(topic: str, mq: DSMQClientSideConnection) -> No
 def test_stats_describes_the_server(topic: str, mq: DSMQClientSideConnection) -> None:
     mq.put(topic, "x")
     found = values(result("stats")[1])
-    assert found["dsmq_version"] == "2.0.0"
+    assert (found["dsmq_version"], found["dsmq_build"]) == ("2.0.0", BUILD)
     assert int(found["connected_clients"]) >= 2
     assert int(found["messages"]) >= 1
     assert mq.stats()["epoch"] == found["epoch"] == mq.position(topic).partition(":")[0]

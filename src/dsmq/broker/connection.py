@@ -50,8 +50,8 @@ class Connection:
         self.id = peer.number
         self.state = HANDSHAKE if peer.encrypted else OPEN
         self.login = Login(self, Role.NOBODY if context.access.authenticator.tokens else Role.ADMIN)
-        self.transport = Transport(self, loop, sock, context.usage.replies)
-        self.requests = Requests(self, loop, self.transport, context.usage.requests, loop.counters.commands)
+        self.transport = Transport(self, sock)
+        self.requests = Requests(self)
         self.reads = Reads(self)
         self.pending_puts = 0
         self.scheduled = math.inf
