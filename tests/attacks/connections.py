@@ -338,7 +338,7 @@ def faulty(*words: str) -> list[str]:
 
 
 def _exhaust(trial: Trial, daemon: Daemon, when: str, *, pending_scrape: bool = False) -> None:
-    # Connections that are not accepted at once stay in the backlog.
+    # Connections that are not accepted immediately stay in the backlog.
     opened = [dial(daemon.port) for _ in range(400)]
     if pending_scrape:
         opened.append(dial(daemon.http_port))

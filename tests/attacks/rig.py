@@ -166,7 +166,7 @@ class Victim:
 def victim(
     trial: Trial, *words: str, popen: dict[str, Any] | None = None, ca_file: str = "", **settings: object
 ) -> Iterator[Victim]:
-    """Run a server that is scraped continuously. After the attack, it must serve without defects and stop."""
+    """Run a server that is scraped continuously. After the attack, it must serve without errors, and stop."""
     progress(f"{trial.name}: starting")
     with ExitStack() as stack:
         daemon = Daemon(**({"command": words} if words else {}), popen=popen, ca_file=ca_file, **settings)

@@ -145,7 +145,7 @@ def test_asynchronous_store_answers_transaction() -> None:
 
 
 class PickyStore(SQLiteStore):
-    """Refuses a message at once and answers other puts when the test sets their results."""
+    """Refuses a message immediately and answers other puts when the test sets their results."""
 
     def __init__(self) -> None:
         super().__init__(600_000)
@@ -185,7 +185,7 @@ def test_requests_after_put_with_unknown_outcome_are_not_run() -> None:
 
 
 class LimitedStore(SQLiteStore):
-    """Refuses several puts at once and answers single ones when the test sets their results."""
+    """Refuses several puts together and answers single ones when the test sets their results."""
 
     def __init__(self) -> None:
         super().__init__(600_000)

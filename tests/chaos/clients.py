@@ -102,7 +102,7 @@ class Calls:
             raise KeyboardInterrupt
 
     def run(self, call: Callable[[], T]) -> tuple[float, float, T | None, BaseException | None]:
-        """Return the start and end of a call and what it returned or raised."""
+        """Return the start and end of a call, and what it returned or raised."""
         result: T | None = None
         raised: BaseException | None = None
         began = time.monotonic()

@@ -97,7 +97,7 @@ def nodes_restarted(stage: Stage) -> None:
 
 
 def quorum_lost(stage: Stage) -> None:
-    """Two of three nodes are killed for longer than a read may wait and started again."""
+    """Two of three nodes are killed for longer than a read may wait, and started again."""
     cluster = stage.cluster()
     stage.read_may_raise = lambda error: ENGINE_SILENT in error
     with crowd(stage, cluster, redis=False):
@@ -299,7 +299,7 @@ def moves(stage: Stage) -> None:
 
 
 def forgetful_engine(stage: Stage) -> None:
-    """The same with an engine that forgets puts at once, so that the servers' mirrors have to recognise them."""
+    """The same with an engine that forgets puts immediately, so that the servers' mirrors have to recognise them."""
     _move(stage, stage.cluster(**({} if stage.mutant else {"words": FORGETFUL})), seconds=1.5)
 
 

@@ -121,7 +121,7 @@ class Reading:
 
 
 def pair(job: Job, timeout: float, history: History) -> tuple[Callable[[Stop], None], Reading, list[Peer]]:
-    """Return a connected writer and reader and the connections to close."""
+    """Return a connected writer and reader, and the connections to close."""
     peers = [Peer((job.port, *job.others), timeout) for _ in range(2)]
     reading = Reading(replace(job, name="redis-reader"), history, peers[1])
     writer = replace(job, name="redis-writer")

@@ -32,7 +32,7 @@ Side = Literal["request", "reply"]
 class Fault:
     """A fault in a connection after a number of forwarded bytes in one direction; 0: at the first byte.
 
-    `reset` and `close` affect both sides; `end` closes only one direction; in a `hole`, nothing is forwarded any more,
+    `reset` and `close` affect both sides; `end` closes only one direction; in a `hole`, nothing more is forwarded,
     and nothing is closed.
     """
 

@@ -177,7 +177,7 @@ class Worker:
         return True
 
     def _end(self, event: Settled, sends: list[float]) -> tuple[float, str | None]:
-        """Return when a request was answered and its reply; append when it was sent."""
+        """Return when a request was answered, and its reply; append when it was sent."""
         words = [event.verb.upper(), event.key, event.group, event.id, event.attempt]
         words += [] if event.verb == "done" else [round(event.seconds * 1000)]
         _, ended, reply = self._call(sends.append, *words)
@@ -405,7 +405,7 @@ class WorkerOrders:
 def main() -> int:
     values = json.loads(sys.argv[1])
     orders = WorkerOrders(WorkerJob(**values.pop("job")), **values)
-    # Write it at once, because the process may be killed.
+    # Write it immediately, because the process may be killed.
     file = os.open(orders.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     calls = TracedCalls() if orders.job.step else Calls()
     calls.catch_interrupts()

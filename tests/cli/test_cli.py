@@ -304,7 +304,7 @@ def test_device_is_refused_as_position_file(topic: str) -> None:
     assert not os.path.isfile("/dev/null")
 
 
-# Messages that begin with a dash and too many arguments
+# Messages that begin with a dash, and too many arguments
 
 
 @pytest.mark.parametrize(

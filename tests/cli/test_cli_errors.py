@@ -1,4 +1,4 @@
-"""How commands find the server and the one-line errors that they print."""
+"""How commands find the server, and the one-line errors that they print."""
 
 from __future__ import annotations
 

@@ -279,7 +279,7 @@ def test_put_many_and_get_many(client: MakeClient) -> None:
 def test_put_many_accepts_slow_generator(server: Server) -> None:
     def slowly(release: threading.Event) -> Iterator[str]:
         time.sleep(2 * _LONG_BATCH_SECONDS)
-        # This message is sent at once, but its reply arrives only after the timeout.
+        # This message is sent immediately, but its reply arrives only after the timeout.
         yield "1"
         time.sleep(22 * UNIT)
         threading.Timer(UNIT, release.set).start()

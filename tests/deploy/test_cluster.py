@@ -403,7 +403,7 @@ def has_reloaded(log: Path, times: int) -> bool:
 
 
 def client(cluster: Cluster, secrets: Path, stack: ExitStack, **others: str) -> tuple[Daemon, DSMQClientSideConnection]:
-    """Return a new server with the settings of the Compose file and a client of it."""
+    """Return a new server with the settings of the Compose file, and a client of it."""
     server = Daemon(**(server_settings(secrets) | {"store": cluster.store} | others))
     stack.callback(server.close)
     return server, stack.enter_context(server.client(token=token(secrets)))

@@ -152,7 +152,7 @@ def box(
 
 
 def provide(box: Box, packages: Path) -> None:
-    """Copy a checkout there and the packages that pip would download for the box's Python."""
+    """Copy a checkout there, and the packages that pip would download for the box's Python."""
     version = box.run("python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])")
     wanted = re.findall(r'^    "(.*)",$', re.search(r"^dependencies = \[\n(.*?)^\]", _project(), re.M | re.S)[1], re.M)  # type: ignore[index]
     build = re.search(r'^requires = \["(.*)"\]', _project(), re.M)

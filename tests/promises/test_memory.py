@@ -76,7 +76,7 @@ def push(socks: list[socket.socket], data: bytes, seconds: float) -> int:
 
 
 def serves(process: Daemon) -> None:
-    """Check that short messages are served at once, and a long one as soon as there is room."""
+    """Check that short messages are served immediately, and a long one as soon as there is room."""
     with connect(port=process.port, timeout=SOON) as mq:
         mq.put("short", "x")
         assert mq.get("short") == "x"

@@ -566,7 +566,7 @@ def test_all_but_one_idle_connection_of_a_burst_are_closed(server: Server, monke
             mq.put_many("t", ["x"] * 20)
             for thread in threads:
                 thread.join(SOON)
-            # No call is made meanwhile.
+            # No call is made in the meantime.
             wait_until(lambda: server.status.connections() == 1)
 
 

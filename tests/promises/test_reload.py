@@ -1,4 +1,4 @@
-"""Reloads: settings that the log reports as changed apply at once, also to existing connections."""
+"""Reloads: settings that the log reports as changed apply immediately, also to existing connections."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ class Held:
 
 
 class World:
-    """Servers and their workers and the true state of the jobs."""
+    """Servers and their workers, and the true state of the jobs."""
 
     def __init__(self, seed: int, log: Log) -> None:
         self.chance = random.Random(seed)

@@ -1,4 +1,4 @@
-"""The contents of a snapshot, written and restored, whatever happens meanwhile."""
+"""The contents of a snapshot, written and restored, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -564,7 +564,7 @@ def test_puts_before_stop_are_in_final_snapshot(file: Path) -> None:
 def test_restored_messages_are_read_by_patterns_in_order(
     store: ClockedStore, file: Path, monkeypatch: pytest.MonkeyPatch, saved_in_blocks_of: int
 ) -> None:
-    # Earlier versions did not limit the ids of a row and accepted topics with `*`.
+    # Earlier versions did not limit the ids of a row, and accepted topics with `*`.
     monkeypatch.setattr(schema, "BLOCK_IDS", saved_in_blocks_of)
     names = [b"a*b", b"a1", b"b"]
     ids = store.append([(names[at % 3], b"x", None) for at in range(300)])

@@ -218,7 +218,7 @@ class StoreAndModel(RuleBasedStateMachine):
         self.clock = Clock()
         self.model = Model(self.clock)
         self.store = ClockedStore(MAX_AGE, self.clock)
-        # A snapshot that is being copied and the model of its instant.
+        # A snapshot that is being copied, and the model of its instant.
         self.copying: tuple[ExitStack, Iterator[Batch], sqlite3.Connection, Model] | None = None
 
     def teardown(self) -> None:
