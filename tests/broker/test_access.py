@@ -90,7 +90,7 @@ def test_reload_closes_all_connections_no_longer_admitted(files: Files, caplog: 
         assert wire.receive() is None
         assert wire.ended()
         connect(port=server.port, ca_file=files.ca).close()
-        # A defect changes nothing, either.
+        # An unexpected exception changes nothing, either.
         settings["defect"] = True
         server.reload()
         assert "ZeroDivisionError" in caplog.text

@@ -344,7 +344,7 @@ def test_new_request_overtakes_pipelines_of_others() -> None:
             Turns(loop, arrive_later)
         place = modest.receive()
         assert isinstance(place, int)
-        # Another connection runs a batch, or one request, in between.
+        # Another connection runs a batch or one request in between.
         assert before[0] < place <= before[0] + 100
 
 
@@ -395,7 +395,7 @@ def test_rejected_client_may_send_only_a_little_more(last: bytes) -> None:
         wire.send(last)
         while wire.socket.recv(1000):
             pass
-        # If the server closed at once, the connection would be reset, and the client might lose the reply.
+        # If the server closed immediately, the connection would be reset, and the client might lose the reply.
         for _ in range(2):
             wire.send(b"x" * (MAX_DISCARDED_BYTES // 2))
             assert other.call("PING") == "PONG"
@@ -538,7 +538,7 @@ def test_readers_at_the_same_position_share_a_reply(monkeypatch: pytest.MonkeyPa
         options = [[], [], [], [], ["COUNT", 1], ["LATEST"]]
         for topic, reader, at, words in zip("uuttuu", readers, after, options, strict=True):
             reader.send(encode_request(*[str(word).encode() for word in ("READ", topic, at, "WAIT", 60_000, *words)]))
-        # The first reader has its message at once.
+        # The first reader has its message immediately.
         assert readers[0].receive()[3] == b"a" * size
         wait_until(lambda: server.status.waiting() == 5)
         made.clear()

@@ -136,7 +136,7 @@ def test_watch_measures_rates(topic: str, mq: DSMQClientSideConnection) -> None:
 
 @contextmanager
 def screen(rows: int, columns: int, *arguments: str, **env: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """Run a command in a terminal of this size; yield its process, and the other end of the terminal."""
+    """Run a command in a terminal of this size; yield its process and the other end of the terminal."""
     master, slave = os.openpty()
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     # A process gets signals only from its controlling terminal.
@@ -171,7 +171,7 @@ def read_screen(master: int) -> str:
         try:
             found += os.read(master, 65_536)
         except OSError:
-            # There is no more output, or the process has ended.
+            # There is no more output or the process has ended.
             return found.decode(errors="replace")
 
 
@@ -264,7 +264,7 @@ def test_commands_options_and_topics_are_completed(topic: str, mq: DSMQClientSid
 
 @pytest.fixture
 def shell_environment(tmp_path: Path) -> dict[str, str]:
-    """The environment of a shell on a simple terminal. It finds dsmq, and keeps its files in a temporary folder."""
+    """The environment of a shell on a simple terminal. It finds dsmq and keeps its files in a temporary folder."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "TERM": "dumb", "HOME": str(tmp_path)}
 
