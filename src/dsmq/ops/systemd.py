@@ -36,7 +36,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Systemd:
-    """The sockets that systemd passed, and notifications to it. Without arguments: systemd did not start us."""
+    """The sockets passed by systemd, and notifications to it. Without arguments: systemd did not start this process."""
 
     def __init__(
         self,
