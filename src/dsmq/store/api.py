@@ -65,7 +65,7 @@ class Found(NamedTuple):
     """The result of a read of several topics."""
 
     position: int
-    """All matching messages up to this id are in this result or in earlier ones, and none above it."""
+    """This result and earlier ones contain all matching messages up to this id, and none above it."""
     messages: list[TopicMessage]
     is_complete: bool
     """Whether the read is complete for now; if not, it can continue from the position."""
@@ -198,7 +198,7 @@ MEMORY = "memory"
 
 
 class Store(Protocol):
-    """The server's interface to a store. A remote store answers puts and reads with futures, puts in order."""
+    """The server's interface to a store. A remote store answers puts and reads with futures, and puts in order."""
 
     max_age_ms: int
     limits: Limits
@@ -266,9 +266,9 @@ class Store(Protocol):
         """
 
     def go_back(self, selection: Selection, count: int, below: int = sys.maxsize) -> Answer[tuple[int, int]]:
-        """Go back over `count` unexpired messages with ids below `below`.
+        """Find the last `count` unexpired messages with ids below `below`.
 
-        Returns how many are left to go back, and an id: if any are left, continue below it; otherwise, the messages are
+        Returns how many are left to find, and an id: if any are left, continue below it; otherwise, the messages are
         those after it.
         """
 
@@ -288,7 +288,7 @@ class Store(Protocol):
         """Delete some messages that have expired or exceed lowered limits; return how many; 0 if none are left."""
 
     def purge(self, selection: Selection, /) -> Iterator[Answer[int]]:
-        """Delete all messages stored now, in short slices; yield the number of messages deleted in each.
+        """Delete the selected messages that are stored now, in short slices; yield the number deleted in each.
 
         Raises StoreFailed if that is not possible now.
         """
@@ -308,8 +308,8 @@ class Store(Protocol):
     def full(self) -> set[str]:
         """Return the limits that cause puts to be refused, or MEMORY. Should be called about once a second.
 
-        A limit is reported until there is room for the last put that it refused, and none was refused since the last
-        call.
+        A limit is reported until there is room for the last put that it refused, and none has been refused since
+        the last call.
         """
 
     def timings(self) -> dict[str, Timing]:

@@ -26,7 +26,7 @@ MAX_DONE = 10_000
 _MAX_ENDED = 200
 # Max topics whose last numbers are remembered, to count messages that expired before they were taken.
 MAX_NUMBERS = 200
-# Used instead of a time: the job can be given now, or it was given too often.
+# Values of `HeldJob.until` that are not times: the job can be given now, or was given too often.
 READY, FAILED = -1, -2
 
 
@@ -74,8 +74,7 @@ class HeldJob:
     until: int = READY
     """When its lease, or its delay, ends."""
     is_held: bool = False
-    """Whether a worker may still finish this attempt: even after its lease, until the job is given again.
-    """
+    """Whether a worker may still finish this attempt: even after its lease, until the job is given again."""
     since: int = 0
     """When the current worker got it."""
     token: bytes = b""
@@ -109,7 +108,7 @@ class Group:
     """This group's share of the counted memory of all groups."""
     jobs: dict[int, HeldJob] = field(default_factory=dict)
     done: dict[int, int] = field(default_factory=dict)
-    """The attempts that finished jobs, by id."""
+    """The attempts that finished jobs, by the jobs' ids."""
     numbers: dict[bytes, tuple[int, int]] = field(default_factory=dict)
     """For each topic: the last number given, and the number of messages that it had dropped by then."""
     counts: GroupCounts = field(default_factory=GroupCounts)
@@ -133,7 +132,7 @@ class Group:
 
     @property
     def next_due(self) -> int | None:
-        """When the next lease or delay ends, if there is any; possibly too early."""
+        """When the next lease or delay ends, or an earlier time; None if there is none."""
         return self._due[0][0] if self._due else None
 
     def restore(self, job: HeldJob) -> None:
@@ -254,7 +253,7 @@ class Group:
                 del self._tokens[job.token]
 
     def count_until(self, topic: bytes, number: int, dropped: int) -> None:
-        """Count a topic's messages before this number that were not taken; `dropped`: those that it has dropped so far.
+        """Count a topic's messages before this number that were not taken; the topic has dropped `dropped` so far.
 
         Counting starts with the first message taken. If the topic's numbers restart, nothing is missing.
         """

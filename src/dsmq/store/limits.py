@@ -159,7 +159,7 @@ class LimitChecker:
         self._full[limit] = topic, more, True
 
     def full(self) -> set[str]:
-        """Return as `Store.full` does."""
+        """See `Store.full`."""
         for limit, (topic, more, is_new) in list(self._full.items()):
             self._full[limit] = topic, more, False
             held, most = self._held(limit, topic)

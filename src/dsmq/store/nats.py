@@ -157,7 +157,7 @@ class NATSStore(SharedLimits, FreshReads):
         finally:
             self.publisher.close()
             self._ready.set()
-            # The official client leaves tasks if one of its connections was being replaced.
+            # The official client leaves tasks behind if one of its connections was being replaced.
             left = asyncio.all_tasks(self._loop)
             for task in left:
                 task.cancel()
@@ -250,7 +250,7 @@ class NATSStore(SharedLimits, FreshReads):
         return self._append(puts, together=False)
 
     def publish_job_fact(self, fact: bytes, answer: Future[list[Outcome]]) -> None:
-        """Publish a change of a group of workers. Raises StoreFailed."""
+        """Publish a change to a group of workers. Raises StoreFailed."""
         self.post(partial(self.publisher.put_fact, self.mirror.jobs_subject, fact, answer))
 
     def append_together(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:

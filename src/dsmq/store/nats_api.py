@@ -1,10 +1,10 @@
-"""Headers and error codes that are common to messages to JetStream and its answers."""
+"""Headers and error codes of JetStream that several modules use."""
 
 from __future__ import annotations
 
 from dsmq.errors import DSMQError
 
-# The header of a message that max_age spares.
+# The header of a message to which max_age does not apply.
 NEVER_EXPIRES = {"Nats-TTL": "never"}
 
 STREAM_NOT_FOUND, MESSAGE_NOT_FOUND, WRONG_SEQUENCE = 10059, 10037, 10071

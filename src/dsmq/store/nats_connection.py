@@ -178,7 +178,7 @@ class NATSConnection:
 
     @property
     def refusal(self) -> str:
-        """Why retrying is pointless: all servers failed, and one of them refused; empty if it may help."""
+        """Why retrying is pointless: all servers failed, and one of them refused; empty if it is not."""
         if len(self._failures) < (self._failures.maxlen or 1):
             return ""
         refusals = (f"{host}:{port}: {error}" for (host, port), error in self._failures if isinstance(error, Refused))
@@ -294,7 +294,7 @@ class NATSConnection:
         return transport, sock
 
     async def _serve(self, transport: asyncio.Transport, sock: _Socket) -> None:
-        """Pass messages on until the connection breaks or the server stops responding. Raises OSError."""
+        """Pass messages to listeners until the connection breaks or the server stops responding. Raises OSError."""
         self._transport, self.error = transport, None
         sock.on_data = lambda: self._receive(sock)
         self.opened_at = self.heard_at = boot_time()

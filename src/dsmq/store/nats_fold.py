@@ -180,7 +180,7 @@ class Fold:
 
 
 def _key(message: Received) -> tuple[bytes, int] | None:
-    """Return a put's producer and number, which the client set, or otherwise the server."""
+    """Return a put's producer and number, set by the client, or else by the server."""
     name, _, number = message.header(b"Nats-Msg-Id").rpartition(b":")
     if not number.isdigit():
         return None

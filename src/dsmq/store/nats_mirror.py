@@ -55,7 +55,7 @@ class Lag:
 
     def __init__(self) -> None:
         self._stream_id = self._mirrored_id = 0
-        # When the mirror was last complete; an id, and the time as of which it is complete once it has that id.
+        # When the mirror was last complete. Once it has the id in `_next`, it is complete as of the time in it.
         self._complete_at = boot_time()
         self._next: tuple[int, float] | None = None
 
@@ -219,7 +219,7 @@ class Mirror(Fold):
             self.store = self._new_store()
         self.groups.begin(self.store)
         self._stream.rules, self._stream.is_configured = None, False
-        # Delayed, because other threads may be reading it.
+        # Delayed, because other threads may be reading the old store.
         asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._close_oldest)
 
     def _close_oldest(self) -> None:
@@ -325,7 +325,7 @@ class Mirror(Fold):
             self.ready = True
             self.groups.begin_counts()
             if self.groups.count:
-                # Write the state before facts expire that are not part of the last one.
+                # Write the state before facts that are not part of the last one expire.
                 self._facts_at = -math.inf
             self.applied.set()
             self.on_ready()

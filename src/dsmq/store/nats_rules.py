@@ -110,7 +110,7 @@ class SharedLimits:
             self.mirror.store.limits = rules.limits()
         self._configure()
         if self.thread.is_alive() and self.mirror.ready and rules.to_write() is not None:
-            # Wait, so that they apply once the server logs the reload.
+            # Wait, so that the rules apply by the time the server logs the reload.
             with suppress(TimeoutError, CancelledError):
                 asyncio.run_coroutine_threadsafe(self._write_rules(), self._loop).result(RELOAD_SECONDS)
 

@@ -4,7 +4,7 @@ If no rule sets an age, the first rows are the expired ones. Otherwise, a queue 
 message expires, or by an earlier time if that message has been dropped since.
 
 A dropped message may share a row with others, or may still have to be copied for a snapshot. So a topic remembers its
-last dropped id, readers skip messages up to that, and a row is deleted once all of its messages are dropped.
+last dropped id, readers skip messages up to that id, and a row is deleted once all of its messages are dropped.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Removals:
                 yield ids, ids_and_sizes[1::2], bisect_right(ids, topic.dropped_id)
 
     def _find_written(self, name: bytes, count: int) -> _Written:
-        """Return which of a topic's first messages are in the database. Raises SQLite's errors."""
+        """Return which of a topic's first `count` messages are in the database. Raises SQLite's errors."""
         topic, found = self._topics.by_name.get(name), _Written()
         for ids, sizes, dead in self._live_rows(topic) if topic else ():
             dropped = sizes[dead : dead + count - found.messages]
@@ -180,7 +180,7 @@ class Removals:
         return not rows
 
     def _restore_dropped(self, last: dict[bytes, tuple[int, int]]) -> None:
-        """Subtract the messages of a restored snapshot up to their topics' ids in `last`; other entries in it stay."""
+        """Drop restored messages up to the ids in `last`, and remove the entries of their topics from it."""
         for name in [name for name in last if name in self._topics.by_name]:
             topic, (number, dropped_id) = self._topics.by_name[name], last.pop(name)
             count = size = 0
@@ -288,7 +288,7 @@ class Removals:
                 rows += found
                 again.append((now, row))
             elif written := self._database.oldest(row, topic.dropped_id):
-                # If it has expired, it has yet to be copied for a snapshot.
+                # If this message has expired, it has yet to be copied for a snapshot.
                 again.append((max(written[1] - oldest, 0) + now + 1, row))
             elif (at := bisect_left(topic.buffered, oldest, key=itemgetter(2))) and not self._database.is_being_copied:
                 buffered[topic] = at, sum(len(message[3]) for message in topic.buffered[:at])

@@ -1,4 +1,4 @@
-"""Reads several topics (a selection) at once, in the order of ids; the store may have no index for that.
+"""Reads several topics (a selection) at once, in the order of ids, for which the store may have no index.
 
 A scan takes a bounded time, so that other clients are served in between. It may end before it has found anything; then
 it continues from the position that it has reached.
@@ -33,7 +33,7 @@ MAX_MATCHES = 1_000
 MATCH_STEP, MERGE_STEP = 128, 32
 
 _Candidate: TypeAlias = tuple[int, int, int, int, Topic, int, int, bytes | None]
-"""Id, number, put time and size of a message; its topic; key of its row and offset in that; body, if it is buffered."""
+"""Id, number, put time and size of a message; its topic; key of its row and offset in the row; body, if buffered."""
 _Part: TypeAlias = tuple[int, list[_Candidate]]
 """Everything that a scan has found, up or down to an id."""
 
@@ -212,7 +212,7 @@ class SelectionReads:
         return [topic for topic in found if topic.last_id > after]
 
     def _scan(self, selection: Selection, after: int, now: int) -> Iterator[_Part]:
-        """Scan all rows. Messages of one block may be mixed, so they are sorted."""
+        """Scan all rows. The ids of a block's rows may be interleaved, so its messages are sorted."""
         block, up_to, candidates = None, after, list[_Candidate]()
         by_row, block_of, matches = self._topics.by_row, self._database.block, selection.matches
         for header in self._database.headers(after, now - self.longest_age_ms()):
@@ -254,11 +254,7 @@ class SelectionReads:
     # Backwards
 
     def go_back(self, selection: Selection, count: int, below: int = sys.maxsize) -> tuple[int, int]:
-        """Go back over `count` unexpired messages with ids below `below`.
-
-        Returns how many are left to go back, and an id: if any are left, continue below it; otherwise, the messages are
-        those after it.
-        """
+        """See `Store.go_back`."""
         with self._database:
             until = time.monotonic() + SCAN_SECONDS
             if not self._match(selection, self._last_id, until):

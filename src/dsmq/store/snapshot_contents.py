@@ -1,4 +1,4 @@
-"""The tables of a snapshot other than messages: the store's state, and remembered puts."""
+"""The tables of a snapshot besides those of messages: the store's state, and remembered puts."""
 
 from __future__ import annotations
 

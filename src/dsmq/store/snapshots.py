@@ -1,7 +1,7 @@
 """Loads the store from a file at start, and saves it at an interval and on a graceful stop.
 
 Ids are never used twice in an epoch. Only a snapshot that was written on a clean shutdown, and is being restored for
-the first time, is certain to cover every id that clients have seen. Otherwise, ids continue far above.
+the first time, is certain to cover every id that clients have seen. Otherwise, new ids start far above its last one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dsmq.store.snapshot_file import Abandoned, Unusable
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.threads import join
 
-# Max ids assigned between a snapshot and a kill.
+# More ids than can be assigned between a snapshot and a kill.
 RESTORE_GAP = 2**32
 # Pause between two batches of rows, in which clients get the store's lock.
 PAUSE_SECONDS = 0.0007
@@ -151,7 +151,7 @@ class Snapshotter:
         self.thread.start()
 
     def stop(self) -> None:
-        """Make the thread end soon, even in the middle of a snapshot. Idempotent."""
+        """Make the thread stop soon, even in the middle of a snapshot. Idempotent."""
         self._stop.set()
 
     def _run(self) -> None:
@@ -214,14 +214,14 @@ class Snapshotter:
             raise Abandoned
 
     def _allow_slow_disk(self) -> None:
-        """Do the same before an operation that may take the disk a long time."""
+        """Like `_checkpoint`, before an operation that may take the disk a long time."""
         self._checkpoint()
         self.due_at += _DISK_SECONDS
 
     # Stop
 
     def finish(self, deadline: float, *, is_last: bool) -> None:
-        """Write the final snapshot, and release the file. If interrupted, or if it takes too long, call `abandon`."""
+        """Write the final snapshot, and release the file. If this is interrupted, or takes too long, call `abandon`."""
         deadline = max(deadline, time.monotonic() + LAST_SNAPSHOT_SECONDS)
         join(self.thread, deadline)
         # If the server failed to start before it restored the file, the file is the only copy of the messages.
@@ -267,7 +267,7 @@ class Snapshotter:
         return []
 
     def close(self) -> None:
-        """Release the file to other servers. Idempotent."""
+        """Release the file for other servers. Idempotent."""
         self._is_open = False
         if self._lock is not None:
             import fcntl  # noqa: PLC0415 - Windows has none

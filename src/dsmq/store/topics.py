@@ -172,7 +172,7 @@ class TopicTable:
         self.dropped_by_name[topic.name] = self.dropped_by_name.pop(topic.name, 0) + count
         if len(self.dropped_by_name) > MAX_DROPPING_TOPICS:
             del self.dropped_by_name[next(iter(self.dropped_by_name))]
-        # The sum alone is not enough, because it does not change while messages of the same size come and go.
+        # Make `count_pages` count again: the sum does not change while messages of the same size come and go.
         self._counted_bytes -= size
 
     def delete_first(self, deleted: Counts) -> int:
@@ -228,7 +228,7 @@ class WriteBuffer:
 
     def after(self, message_id: int) -> list[Topic]:
         """Return the topics with messages above an id."""
-        # They are almost in this order already.
+        # The list is almost sorted already.
         self.dirty_topics.sort(key=attrgetter("last_id"))
         return self.dirty_topics[bisect_right(self.dirty_topics, message_id, key=attrgetter("last_id")) :]
 

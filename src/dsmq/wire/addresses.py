@@ -1,4 +1,4 @@
-"""Addresses of servers, as in settings and arguments."""
+"""Parses addresses of servers in settings and arguments."""
 
 from __future__ import annotations
 

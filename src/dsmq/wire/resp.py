@@ -22,7 +22,7 @@ OK = b"+OK\r\n"
 # Max bytes split at once, so that a failed split costs little. All limits on the size of a request are higher, so
 # requests that were split need no check.
 MAX_SPLIT_BYTES = 4096
-# Chunks of input that are smaller than this are gathered.
+# Smaller chunks of input are merged.
 _MIN_CHUNK_BYTES = 4096
 # To save a copy, longer replies are built in the type of buffer that a connection sends from.
 _LONG_REPLY_BYTES = 65_536
@@ -34,7 +34,7 @@ Reply: TypeAlias = "str | int | bytes | ReplyError | list[Reply] | None"
 
 
 class Input:
-    """A buffer of input, which is joined only when there is enough to try parsing again.
+    """A buffer of input. Its chunks are joined only when there is enough to try parsing again.
 
     Joining on every arrival would copy a message of n bytes n / 65,536 times, or n times if it arrives byte by byte.
     """
@@ -78,7 +78,7 @@ class Input:
         return b"".join((self._data[self._at :], *self._chunks, data))
 
     def _keep(self, data: bytes) -> None:
-        """Buffer a chunk. Small chunks are gathered, because separate objects would take many times their size."""
+        """Buffer a chunk. Small chunks are merged, because separate objects would take many times their size."""
         chunks = self._chunks
         self._chunk_bytes += len(data)
         if not chunks or len(chunks[-1]) >= _MIN_CHUNK_BYTES:
