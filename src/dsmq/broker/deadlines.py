@@ -69,7 +69,7 @@ def _end_idle(connection: Connection) -> None:
 
 
 class Timers:
-    """Calls `on_timer` of targets, with the time, once their scheduled times have come; a new time replaces the previous one."""
+    """Calls `on_timer` of targets, with the time, once that is due; a new time replaces the previous one."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, TimerTarget]] = []
