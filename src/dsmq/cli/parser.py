@@ -191,7 +191,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """Return the command with its options and arguments. After -- there are no options."""
+    """Return the command with its options and arguments. Nothing after -- is an option."""
     name, words = (words[0], words[1:]) if words else ("", [])
     if name not in COMMANDS:
         _refuse(name, next(filter(COMMANDS.__contains__, words), ""))

@@ -294,7 +294,7 @@ class Store(Protocol):
         """
 
     def topics(self, after: bytes, count: int) -> list[TopicStats]:
-        """Return topics with messages, in byte order, with names above `after`."""
+        """Return the topics with messages and with names above `after`, in byte order."""
 
     @property
     def lost_ids(self) -> list[int]:

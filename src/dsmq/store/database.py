@@ -1,4 +1,4 @@
-"""The SQLite database in memory: one connection, one lock, and all statements."""
+"""The in-memory SQLite database: one connection, one lock, and all statements."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ class Database:
         return row and int(row[1])
 
     def oldest(self, topic: int, after: int) -> tuple[int, int] | None:
-        """Return id and put time of the topic's oldest message with an id above `after`."""
+        """Return the id and put time of the topic's oldest message with an id above `after`."""
         row = self.connection.execute(OLDEST, (topic, after)).fetchone()
         if row is None:
             return None
@@ -290,13 +290,13 @@ class Database:
         return (pages - free) * PAGE_BYTES
 
     def _count_pages(self) -> tuple[int, int]:
-        """Return the numbers of all pages and of free ones."""
+        """Return the number of pages, and how many of them are free."""
         [(pages,)] = self.connection.execute("PRAGMA page_count")
         [(free,)] = self.connection.execute("PRAGMA freelist_count")
         return pages, free
 
     def topics(self, after: bytes, count: int) -> list[bytes]:
-        """Return names of topics above `after`, in byte order."""
+        """Return the names of topics above `after`, in byte order."""
         return [name for (name,) in self.connection.execute(TOPICS, (after, count))]
 
     # Snapshots

@@ -116,7 +116,7 @@ class Group:
     """The number of jobs that are in flight."""
     _tokens: dict[bytes, list[Receipt]] = field(default_factory=dict)
     _due: list[tuple[int, int]] = field(default_factory=list)
-    # Like `_due`, may contain ids of jobs that are no longer ready.
+    # Like `_due`, may contain outdated entries.
     _ready: list[int] = field(default_factory=list)
     failed: list[HeldJob] = field(default_factory=list)
     """Jobs that were given too often."""

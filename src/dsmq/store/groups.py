@@ -151,7 +151,7 @@ class Groups(GroupFigures):
     # Jobs
 
     def take(self, request: Take) -> Answer[list[Job] | None]:
-        """Give jobs to a worker: an empty list if there are none now, None if the search has to be continued.
+        """Give jobs to a worker; return an empty list if there are none now, None if the search has to be continued.
 
         Raises Full.
         """

@@ -276,7 +276,7 @@ class NATSStore(SharedLimits, FreshReads):
         self.post(partial(self.publisher.put, new, published, together=together))
         return answer
 
-    # The start of clients
+    # New clients
 
     def start_id(self) -> Future[int]:
         answer: Future[int] = Future()

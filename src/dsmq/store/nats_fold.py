@@ -38,7 +38,7 @@ class Delivery(NamedTuple):
 
 
 class Fold:
-    """Applies messages, as part of a mirror."""
+    """The part of a mirror that applies messages."""
 
     def __init__(self, stream: Stream, store: MirrorStore, rules: StreamRules, groups: NATSGroups) -> None:
         self._stream, self.store, self._rules, self.groups = stream, store, rules, groups

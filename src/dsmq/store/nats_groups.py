@@ -67,7 +67,7 @@ class NATSGroups(GroupFacts, Groups):
         Groups.__init__(self, Source())
         self.lock = threading.RLock()  # type: ignore[assignment]
         self._lanes: dict[Key, _Lane] = {}
-        # The facts in flight about failed jobs, by id, and about unused groups, as 0.
+        # The failed jobs, by id, and unused groups (id 0) about which a fact is in flight.
         self._ending: set[tuple[Key, int]] = set()
 
     # Requests

@@ -36,7 +36,7 @@ CHECK_SECONDS = 1.0
 RECOVERY_SECONDS = 5.0
 RETRY_SECONDS = 0.25
 CLOSE_SECONDS = 2.0
-# How long to wait for a new consumer, at first and then. The engine may place it on a node that has just died.
+# How long to wait for a new consumer, at first and later. The engine may place it on a node that has just died.
 FIRST_CREATE_SECONDS, CREATE_SECONDS = 0.5, 1.0
 # The number of checks that may find the stream behind the mirror, because answers may be stale, before its messages
 # count as lost.

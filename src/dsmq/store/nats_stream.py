@@ -6,9 +6,9 @@ Subjects, if the stream is called `dsmq`:
     dsmq.genesis        the epoch: the first message of a stream, which never expires
     dsmq.facts.<part>   the numbers of the topics' last messages as of an id, for servers that start later
     dsmq.facts.purge    names and patterns of topics: mirrors delete all messages before this one
-    dsmq.facts.jobs     changes of groups of workers, which mirrors make only if they still apply
+    dsmq.facts.jobs     changes to groups of workers, which mirrors make only if they still apply
     dsmq.facts.groups   the state of all groups: as of which id, and the ids of its parts (dsmq.facts.state)
-    dsmq.facts.rules    what topics keep from here on; the last one never expires
+    dsmq.facts.rules    the rules for topics from here on; the last one never expires
 
 This module uses the official client; see `nats_connection` for the requests that must be fast.
 """
@@ -71,7 +71,7 @@ _HEARTBEAT_SECONDS = 1
 SOLE_LEADER_SECONDS = 3.5
 # Numbers are spread over this many messages, because the size of a message is limited.
 FACT_PARTS = 16
-# The max size of a message besides its body and topic.
+# The max size of a message without its body and topic.
 HEADER_BYTES = 1024
 
 _logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class Stream:
 
     async def _connect(self) -> None:
         servers = self._servers
-        # An attempt may take all its time for a node that does not answer, so the next one begins with another.
+        # An attempt may spend all its time on a node that does not answer, so the next one begins with another.
         self._servers = [*servers[1:], servers[0]]
         self._client = await self._new_client(servers)
 
@@ -188,7 +188,7 @@ class Stream:
             # The stream is usable with its old configuration.
             _logger.error("can't update the configuration of stream %s: %s", self.name, error)
         else:
-            _logger.warning("the stream %s is now configured by this server's settings", self.name)
+            _logger.warning("stream %s has been reconfigured with this server's settings", self.name)
 
     async def _create(self, wanted: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -415,7 +415,7 @@ async def _new_client(credentials: Credentials, tls: SSLContext | None, servers:
             max_outstanding_pings=3,
         )
     except BaseException:
-        # Half connected, it would neither answer requests nor count as closed.
+        # A half-connected client would neither answer requests nor count as closed.
         await _close(client)
         raise
     return client

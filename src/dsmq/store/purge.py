@@ -14,7 +14,7 @@ from dsmq.store.topics import TopicTable
 
 
 class Purges:
-    """Purges, as part of a store."""
+    """The part of a store that purges topics."""
 
     _database: Database
     _topics: TopicTable

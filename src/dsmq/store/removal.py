@@ -56,7 +56,7 @@ class _Written(NamedTuple):
 
 
 class Removals:
-    """Deletion of messages, as part of a store."""
+    """The part of a store that deletes messages."""
 
     max_age_ms: int
     _clock: Callable[[], int]
@@ -67,7 +67,7 @@ class Removals:
     _flush_error: ReplyError | None
 
     def _begin_removals(self) -> None:
-        # When each topic's oldest message expires, and the topic's row.
+        # For each topic, when its oldest message expires, and its row.
         self._queue: list[tuple[int, int]] = []
         # The ages that the queue was built for.
         self._queued_for: tuple[int, Rules | None] = 0, None

@@ -25,7 +25,7 @@ from dsmq.store.topics import Topic, TopicTable, WriteBuffer
 
 # Seconds after which a scan returns what it has found so far.
 SCAN_SECONDS = 0.0003
-# If at most this many topics have messages to read, each is read by the index; otherwise, all rows are scanned.
+# If at most this many topics have messages to read, each is read through the index; otherwise, all rows are scanned.
 MAX_MERGED_TOPICS = 16
 # Max topics remembered as matching a selection.
 MAX_MATCHES = 1_000
@@ -50,7 +50,7 @@ class _Matches:
 
 
 class SelectionReads:
-    """Reads of a selection, as part of a store."""
+    """The part of a store that reads selections."""
 
     max_age_ms: int
     _clock: Callable[[], int]
@@ -173,9 +173,9 @@ class SelectionReads:
         return [candidate for candidate in candidates if _is_wanted(candidate, wanted, self._database)]
 
     def _match(self, selection: Selection, backlog: int, until: float) -> bool:
-        """Match topics until a time; return whether a read over `backlog` ids can begin.
+        """Match topics until a deadline; return whether a read over `backlog` ids can begin.
 
-        It can if all topics have been matched, or if scanning all rows takes less time.
+        It can if all topics have been matched, or if scanning all rows is faster.
         """
         if not selection.patterns or not backlog:
             return True
@@ -254,7 +254,6 @@ class SelectionReads:
     # Backwards
 
     def go_back(self, selection: Selection, count: int, below: int = sys.maxsize) -> tuple[int, int]:
-        """See `Store.go_back`."""
         with self._database:
             until = time.monotonic() + SCAN_SECONDS
             if not self._match(selection, self._last_id, until):
@@ -321,7 +320,6 @@ class SelectionReads:
         return Message(message_id, number, now - put_at, body, put_at - since)
 
     def id_before(self, milliseconds: int) -> int:
-        """Return the id of the last message that was put longer ago than this, or 0."""
         with self._database:
             since = self._clock() - milliseconds
             found = self._database.id_before(since)

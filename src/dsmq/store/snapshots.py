@@ -49,7 +49,7 @@ class SnapshotStats:
     """Unix time of the last snapshot, written or restored."""
     last_bytes: int = 0
     restored: int = 0
-    """Restored messages."""
+    """The number of restored messages."""
 
 
 class Snapshotter:

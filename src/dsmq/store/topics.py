@@ -233,7 +233,7 @@ class WriteBuffer:
         return self.dirty_topics[bisect_right(self.dirty_topics, message_id, key=attrgetter("last_id")) :]
 
     def new_topics(self) -> list[tuple[int, bytes]]:
-        """Return rows and names of topics that are not in the database yet."""
+        """Return the rows and names of topics that are not in the database yet."""
         return [(topic.row, topic.name) for topic in self.dirty_topics if topic.row > self.written_row]
 
     def rows(self) -> list[Row]:

@@ -314,9 +314,9 @@ def encode_array(items: Sequence[bytes]) -> bytes:
 
 
 def encode_value(version: int, value: Any) -> bytes:
-    """Encode an int, text, bytes, or a list or dict of them; a dict as a flat array in RESP 2.
+    """Encode an int, text, bytes, or a list or dict of these.
 
-    Text in a list becomes simple strings, as Redis sends flags.
+    In RESP 2, a dict becomes a flat array. Text in a list becomes a simple string, like flags in Redis.
     """
     if isinstance(value, dict):
         items = [
