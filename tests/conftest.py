@@ -92,7 +92,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduler:
     return Scheduler(config, log)
 
 
-# What runs over both stores: the tests of clients, protocol and promises.
+# The tests that run over both stores: those of clients, protocol and promises.
 OVER_BOTH_STORES = ("broker", "client", "clients", "promises", "wire", "test_server.py", "test_server_lifecycle.py")
 
 

@@ -541,7 +541,7 @@ def test_sizes_have_units_in_every_source(text: str, size: int, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", [name for name in config.Settings.model_fields if "_bytes" in name])
-def test_every_setting_in_bytes_takes_units(name: str) -> None:
+def test_every_setting_in_bytes_accepts_units(name: str) -> None:
     size = "4KB" if name == "max_topic_bytes" else "16KiB"
     assert getattr(config.load(**{name: size}), name) == (4000 if name == "max_topic_bytes" else 16384)
 

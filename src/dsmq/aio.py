@@ -74,7 +74,7 @@ async def _connect(host: str | Sequence[str], port: int, *, retry: bool, **optio
 
 
 class Connecting(Coroutine[Any, Any, "AsyncClient"]):
-    """What `connect` returns: a coroutine that returns the client, and a context manager that closes it."""
+    """What `connect` returns: a coroutine that returns the client and a context manager that closes it."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, AsyncClient]) -> None:
         self._coroutine = coroutine
@@ -251,12 +251,12 @@ class AsyncClient(Client):
         return found
 
     async def stats(self, topic: str | None = None) -> dict[str, int | str]:
-        """Return statistics of a topic, or of the server."""
+        """Return statistics of a topic or of the server."""
         await self._run(call := requests.stats(topic))
         return replies.stats(call.reply)
 
     async def purge(self, topic: str) -> int:
-        """Expire all messages of a topic, or of all topics that match a pattern; return how many."""
+        """Expire all messages of a topic or of all topics that match a pattern; return how many."""
         await self._run(call := requests.purge(topic))
         return replies.as_number(check(call.reply))
 
@@ -333,7 +333,7 @@ class AsyncClient(Client):
         call.accept(jobs_of(self._session).leases)
 
     async def _leave(self, receipts: list[Receipt], finished: Job | None = None) -> None:
-        """Give back jobs, and finish one, if the server answers now. Otherwise, their leases will end."""
+        """Give back jobs and finish one, if the server answers now. Otherwise, their leases will end."""
         with suppress(DSMQError, OSError, RuntimeError):
             async with asyncio.timeout(self._core.timeout):
                 for call in jobs.leave(jobs_of(self._session).leases, receipts, finished):
@@ -438,7 +438,7 @@ class _Work(jobs.Work):
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
-        """Give back the caller's job, and those taken in advance."""
+        """Give back the caller's job and those taken in advance."""
         await self._mq._leave(*self.left())  # noqa: SLF001
 
     def __del__(self) -> None:

@@ -146,10 +146,10 @@ class Cluster:
 
 
 class Traffic:
-    """A client that puts, and one that gets each message from another server."""
+    """A client that puts and one that gets each message from another server."""
 
     def __init__(self, cluster: Cluster, stack: ExitStack) -> None:
-        """Start the servers, and connect."""
+        """Start the servers and connect."""
         self._cluster = cluster
         # A client with several servers chooses one at random, so start only server 1 first.
         cluster.start_server(SERVERS[0])
@@ -159,7 +159,7 @@ class Traffic:
         self._sent: list[str] = []
 
     def run(self, messages: int, pause: float) -> None:
-        """Put messages, and get each. Raises ServerFailed if one does not arrive."""
+        """Put messages and get each. Raises ServerFailed if one does not arrive."""
         for _ in range(messages):
             time.sleep(pause)
             message = f"{len(self._sent)}. Hello, world"
@@ -173,7 +173,7 @@ class Traffic:
                 raise ServerFailed(f"the demo has lost a message: {message}")
 
     def summary(self) -> str:
-        """Read everything again, and return a report. Raises ServerFailed if a message is lost."""
+        """Read everything again and return a report. Raises ServerFailed if a message is lost."""
         with self._cluster.connect(*SERVERS) as mq:
             mq.seek(TOPIC, 0)
             stored = list(iter(lambda: mq.get(TOPIC), ""))
@@ -218,7 +218,7 @@ def _duration(seconds: float) -> str:
 @contextmanager
 def _exiting_on_signals() -> Iterator[None]:
     """End the demo, and the processes that it has started, on SIGTERM and SIGHUP."""
-    # nohup ignores SIGHUP.
+    # nohup sets SIGHUP to be ignored.
     before = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) != signal.SIG_IGN}
     for number in before:
         signal.signal(number, lambda number, _: sys.exit(128 + number))

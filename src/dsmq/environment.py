@@ -22,7 +22,7 @@ from dsmq.errors import ConfigError
 # Configuration and token files are shorter; this guards against files such as /dev/zero.
 _MAX_TEXT_BYTES = 1_048_576
 PREFIX = "DSMQ_"
-# Variables that are not settings: the path of the configuration file, and the servers that clients connect to.
+# Variables that are not settings: the path of the configuration file and the servers that clients connect to.
 _OTHERS = ("config", "server")
 # Variables that `dsmq work` sets for its command, which may use this package, too.
 _OF_JOBS = ("topic_name", "job_id", "attempt")

@@ -72,7 +72,7 @@ class UnknownCommand(ReplyError, code="UNKNOWN"):
 
 
 class BadRequest(ReplyError, ValueError, code="BADREQUEST"):
-    """A command has the wrong number of arguments, or an invalid one."""
+    """A command has the wrong number of arguments or an invalid one."""
 
 
 class NotPermitted(ReplyError, code="NOPERM"):

@@ -20,9 +20,9 @@ from typing import TextIO
 from dsmq.system import process
 from dsmq.terminal import LineFormatter, as_json
 
-# Further lines are dropped and counted.
+# Lines beyond this are dropped and counted.
 MAX_QUEUED_LINES = 10_000
-# How long a server or process that ends waits for its log to be written.
+# How long an ending server or process waits for its log to be written.
 DRAIN_SECONDS = 1.0
 # The file, line and level of a logging call.
 _Call = tuple[str, int, int]
@@ -106,7 +106,7 @@ class BackgroundStream(io.TextIOBase):
         return self._stream.fileno()
 
     def write(self, text: str) -> int:
-        """Queue a line, or drop it if the queue is full. Safe in signal handlers."""
+        """Queue a line or drop it if the queue is full. Safe in signal handlers."""
         if self._process is not process():
             # Threads don't survive a fork.
             self._start()
@@ -159,7 +159,7 @@ class BackgroundStream(io.TextIOBase):
 
 
 class Handler(logging.StreamHandler[BackgroundStream]):
-    """Writes up to `rate` lines per second for each logging call, and counts the rest."""
+    """Writes up to `rate` lines per second for each logging call and counts the rest."""
 
     def __init__(self, stream: BackgroundStream, rate: int, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(stream)

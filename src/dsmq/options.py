@@ -109,7 +109,7 @@ def list_options(function: F) -> F:
 
 
 def either(settings: Settings | None, options: ServerOptions) -> Settings:
-    """Return `settings`, or else load them from options. Raises TypeError or ConfigError."""
+    """Return `settings` or else load them from options. Raises TypeError or ConfigError."""
     if settings and options:
         raise TypeError("Server takes either settings or options, not both")
     return settings or load(kind=EmbeddedSettings, **options)

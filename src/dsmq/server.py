@@ -159,7 +159,7 @@ class Server:
 
     @property
     def port(self) -> int:
-        """The TCP port for clients; 0 before the start, or if there is none."""
+        """The TCP port for clients; 0 before the start or if there is none."""
         return self.status.port
 
     @property
@@ -170,7 +170,7 @@ class Server:
     # Start
 
     def start(self) -> None:
-        """Listen, and serve in the server's own threads.
+        """Listen and serve in the server's own threads.
 
         Raises StartupError, or ConfigError if other machines could connect without authentication. In that case,
         nothing is left behind.
@@ -216,7 +216,7 @@ class Server:
         if not passed and settings.http_port != "off":
             sockets = listening.listen(settings.http_host, settings.http_port, 16, "http-")
         if sockets:
-            from dsmq.ops.http import HTTPEndpoint  # noqa: PLC0415 - takes long, and may not be needed
+            from dsmq.ops.http import HTTPEndpoint  # noqa: PLC0415 - slow, and may not be needed
 
             self._http_endpoints = [HTTPEndpoint(sock, self.status, close) for sock in sockets]
 
@@ -243,7 +243,7 @@ class Server:
     # Watch
 
     def run(self) -> None:
-        """Wait until the server is asked to stop, and stop it.
+        """Wait until the server is asked to stop, then stop it.
 
         Raises ServerFailed if one of its threads dies, or the last snapshot can't be written.
         """
@@ -410,7 +410,7 @@ def _disconnect_clients(workers: Sequence[EventLoop], reason: str) -> None:
 
 
 def _call_in_loops(calls: Sequence[tuple[EventLoop, Callable[[], None]]], deadline: float) -> None:
-    """Run each call in its event loop's thread, and wait until all are done, or until the deadline."""
+    """Run each call in its event loop's thread; wait until all are done, or until the deadline."""
     pending = set(calls)
     for call in calls:
         call[0].post(call[1])

@@ -93,7 +93,7 @@ class Settings(BaseSettings):
     health_timeout_seconds: Timeout = 10.0
     """How long a thread may be unresponsive before /healthz fails."""
     max_age_seconds: Age = 600.0
-    """Messages older than this are never delivered, and are soon deleted."""
+    """Messages older than this are never delivered and are soon deleted."""
     expiry_interval_seconds: Annotated[Seconds, Field(ge=0.01, le=3600)] = 1.0
     """How often expired messages are deleted. A shorter interval frees memory sooner."""
     store: StoreServers = ""
@@ -148,7 +148,7 @@ class Settings(BaseSettings):
     max_waiting_readers: Limit = 10_000
     """Max clients waiting for a message; further ones get an error."""
     max_waiting_patterns: Limit = 10_000
-    """Max patterns that clients wait for, in total; requests that would exceed it get an error."""
+    """Max patterns that clients wait for, in total; requests beyond that get an error."""
     max_groups: Limit = 1_000
     """Max groups of workers. A group is forgotten if it is not used for as long as messages are kept."""
     max_jobs_in_flight: Limit = 10_000
@@ -156,19 +156,19 @@ class Settings(BaseSettings):
     max_group_bytes: Bytes = 16_777_216
     """Max memory for the state of all groups of workers: about 600 bytes per unfinished job."""
     max_attempts: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    """Max times that a job is given to workers. A job that is still not done is moved to the topic with /failed added
-    to the name. 0: unlimited, until the job expires.
+    """Max number of times a job is given to workers. A job that is still not done is moved to the topic with /failed
+    added to the name. 0: unlimited, until the job expires.
     """
     max_unread_reply_bytes: Annotated[int, Field(ge=1024, le=1_073_741_824), Size] = 16_777_216
     """Max unread reply bytes buffered for a client; above it, its requests are not read. The default is enough for
     1,000,000 short requests sent at once."""
     max_total_unread_reply_bytes: Bytes = 268_435_456
     """Max unread reply bytes buffered for all clients. Above it, requests that would add to it wait; after 1 s, the
-    clients that hold the most and read slower than 16 KiB/s are disconnected. A message of any allowed size fits."""
+    clients that hold the most and read slower than 16 KiB/s are disconnected. Raised to fit max_message_bytes."""
     max_total_request_bytes: Bytes = 268_435_456
     """Max bytes buffered for the requests of all clients: their declared lengths, the positions of GET, and the topics
     that clients wait for. Above it, only the oldest request is read; after 1 s, the clients that hold the most and send
-    slower than 16 KiB/s are disconnected. A message of any allowed size fits."""
+    slower than 16 KiB/s are disconnected. Raised to fit max_message_bytes."""
     request_timeout_seconds: ClientTimeout = 30.0
     """Time limit from a request's first byte to its last, plus the time its length takes at 16 KiB/s."""
     reply_timeout_seconds: ClientTimeout = 30.0

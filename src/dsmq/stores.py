@@ -1,4 +1,4 @@
-"""Creates the store and the snapshotter that the settings ask for."""
+"""Creates the store and the snapshotter that the settings call for."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def _process_token() -> Callable[[], object]:
 
     def token() -> object:
         nonlocal current
-        # The memory is 0 at first, and again in a forked child.
+        # The memory is 0 at first and again in a forked child.
         if not page[0]:
             current = object()
             page[0] = 1

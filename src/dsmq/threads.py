@@ -1,4 +1,4 @@
-"""Starts threads, and waits for them so that Ctrl-C can interrupt the wait."""
+"""Starts threads and waits for them so that Ctrl-C can interrupt the wait."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Startable(Protocol):
 
 
 def wait_until(condition: Callable[[], bool], deadline: float) -> None:
-    """Poll until the condition holds, or until the deadline, but for at least MIN_STAGE_SECONDS.
+    """Poll until the condition holds or the deadline has passed, but for at least MIN_STAGE_SECONDS.
 
     It does not wait for a lock, because a signal that arrives just before would take effect only after the wait.
     """

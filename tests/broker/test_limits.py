@@ -43,7 +43,7 @@ def test_puts_over_message_limit_are_refused_and_stored_messages_are_kept() -> N
         assert server.status.totals().messages == 3
 
 
-@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
+@pytest.mark.embedded("puts sent together are checked before any of them is stored, so limits hold only approximately")
 def test_pipelined_puts_are_accepted_up_to_limit() -> None:
     with serving(max_stored_messages=3) as server, wire_to(server) as wire:
         wire.send(encode_request(b"PUT", b"t", b"x") * 5)
@@ -189,7 +189,7 @@ def test_full_topic_does_not_affect_others(limits: dict[str, int]) -> None:
             assert wire.error("PUT", topic, "x" * 10) == "FULL"
 
 
-@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
+@pytest.mark.embedded("puts sent together are checked before any of them is stored, so limits hold only approximately")
 def test_new_topics_over_limit_are_refused_but_existing_accept_puts() -> None:
     with serving(max_topics=2) as server, wire_to(server) as wire:
         wire.send(b"PUT a x\r\nPUT b x\r\nPUT c x\r\nPUT a x\r\n")
@@ -216,7 +216,7 @@ def test_retried_put_gets_its_id_even_if_full() -> None:
         assert server.status.totals().messages == 1
 
 
-@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
+@pytest.mark.embedded("puts sent together are checked before any of them is stored, so limits hold only approximately")
 def test_client_raises_full() -> None:
     with serving(max_stored_messages=2) as server, connect(port=server.port) as mq:
         mq.put("t", "a")

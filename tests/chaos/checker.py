@@ -172,7 +172,7 @@ class Check:
                 yield Violation("lost", "a put that the next life must keep is lost", (put, loss.server))
         for one, following in pairwise(self.servers):
             if one.kept_until == math.inf and (one.epoch, one.run) != (following.epoch, following.run):
-                yield Violation("identity", "epoch or run changed over a graceful stop", (one, following))
+                yield Violation("identity", "epoch or run changed across a graceful stop", (one, following))
 
     # Servers that share a store
 
@@ -215,7 +215,7 @@ class Check:
             if ids.setdefault(body, message_id) != message_id:
                 yield Violation("stored twice", f"a message has the ids {ids[body]} and {message_id}", _events(put))
             elif put is None or put.topic != held.topic:
-                yield Violation("strange", f"{body!r} is held, which nobody put into this topic", (about,))
+                yield Violation("strange", f"{body!r} is held, but nobody put it into this topic", (about,))
             elif put.error and not put.may_be_stored:
                 yield Violation("not stored", "a message is held although its put was not stored", (put, about))
             elif put.id not in (None, message_id):

@@ -144,7 +144,7 @@ def partitioned(stage: Stage) -> None:
 
 
 def stale_leader(stage: Stage) -> None:
-    """Readers can reach only a server that can reach only the leader, which is cut off from messages stored then.
+    """Readers can reach only a server that can reach only the leader, which is cut off and lacks later messages.
 
     At first, no puts are in flight, because the leader would count puts that it can't store, and reads would wait for
     them.

@@ -121,7 +121,7 @@ def gives_done_jobs() -> None:
 
 
 def forgets_done_jobs() -> None:
-    """A repeated DONE is told that the job is lost."""
+    """A repeated DONE gets JOBLOST."""
 
     def finish(group: Group, receipt: Receipt, max_done: int) -> None:
         _finish(group, receipt, max_done)

@@ -86,7 +86,7 @@ def renames() -> None:
     _change_reads(lambda _store, _topic, _after, found: [*found[:-1], found[-1]._replace(id=found[-1].id + 1)])
 
 
-# Servers that share a store. They import it only when it is used.
+# Servers that share a store, which is imported only when it is used.
 
 
 def forgets_soon() -> None:

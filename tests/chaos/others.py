@@ -55,7 +55,7 @@ class Peer:
         facts = {name.decode(): value for name, value in zip(values, values, strict=True)}
         known = {name: facts.get(name) for name in ("epoch", "run")}
         if self.facts and known != {name: self.facts.get(name) for name in known}:
-            raise RuntimeError("another server is there, in which positions and keys mean nothing")
+            raise RuntimeError("another server answers, for which positions and keys mean nothing")
         self.facts = self.facts or facts
         self._is_new = False
 

@@ -93,7 +93,7 @@ class Snapshots:
 class Lives:
     """A server that is restarted on one port.
 
-    passed are listening sockets for clients and for HTTP, passed to it as systemd does.
+    passed: listening sockets for clients and for HTTP, which the server gets as from systemd.
     """
 
     def __init__(

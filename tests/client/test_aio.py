@@ -427,7 +427,7 @@ class CancelledAt:
             return stop.value
         except asyncio.CancelledError:
             return None
-        raise AssertionError("it goes on though it was cancelled")
+        raise AssertionError("it continues although it was cancelled")
 
 
 @pytest.mark.parametrize("behind", [False, True])

@@ -381,7 +381,7 @@ def test_longest_message_round_trips(client: MakeClient) -> None:
     assert len(mq.get("t")) == 8_388_608
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc has this threshold")
 def test_long_puts_reuse_memory(server: Server) -> None:
     script = f"""
 import resource

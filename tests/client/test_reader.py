@@ -45,7 +45,7 @@ def renumber(reader: TopicReader, restored: int) -> None:
         reader.renumber(doubt, restored)
 
 
-# What comes
+# Order and positions
 
 
 def test_messages_are_returned_in_order_received() -> None:

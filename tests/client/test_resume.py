@@ -220,7 +220,7 @@ def test_unsent_slow_messages_go_to_next_server(states: list[str]) -> None:
 def close_connections(server: Server) -> None:
     """Make the server close all connections."""
     for worker in server._workers:
-        worker.post(lambda worker=worker: [one.close("a test wants it") for one in list(worker.connections)])
+        worker.post(lambda worker=worker: [one.close("a test closes it") for one in list(worker.connections)])
 
 
 def hang_up(server: Server) -> None:

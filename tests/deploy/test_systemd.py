@@ -239,7 +239,7 @@ def python(box: Box, script: str) -> str:
 
 @contextmanager
 def beside(box: Box, script: str) -> Iterator[subprocess.Popen[str]]:
-    """Run a script meanwhile, once it has printed a line."""
+    """Run a script in the background; the block begins once it has printed a line."""
     with box.popen(PYTHON, "-c", PRELUDE + script) as process:
         try:
             assert process.stdout
@@ -250,7 +250,7 @@ def beside(box: Box, script: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def answer(process: subprocess.Popen[str]) -> str:
-    """Let a script that waits in this way continue, and return the next line that it prints."""
+    """Let such a script continue, and return the next line that it prints."""
     assert process.stdin
     assert process.stdout
     process.stdin.write("\n")

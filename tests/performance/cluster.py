@@ -2,7 +2,7 @@
 
 Starts three nodes, with their files in a temporary folder, two servers that share them and one with the store in
 memory, and runs the same work on each in interleaved rounds. A figure is the median of the rounds' ratios. README.md
-has the results. `--held 1000000` measures how long another server takes to start with so many messages stored.
+has the results. `--held 1000000` measures how long another server takes to start with that many messages stored.
 """
 
 from __future__ import annotations

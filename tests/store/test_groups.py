@@ -397,7 +397,7 @@ def test_extending_ended_leases_takes_no_memory(store: ClockedStore, clock: Cloc
 # Errors
 
 
-def test_job_that_can_not_be_read_now_is_given_later(store: ClockedStore, clock: Clock) -> None:
+def test_job_that_cannot_be_read_now_is_given_later(store: ClockedStore, clock: Clock) -> None:
     put(store, b"t", b"1", b"2", b"3")
     take(store, count=2)
     clock.now += LEASE

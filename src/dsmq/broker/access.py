@@ -40,10 +40,10 @@ class Access:
             token = token_files.read_tokens(settings.http_token_file)[0][2]
         http_authenticator = HTTPAuthenticator(token.encode(), host_names(settings.http_allowed_hosts))
         tls, files = None, (settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
-        # Read before the files, so that the next reload detects a change made while they are read.
+        # Before the files are read, so that the next reload detects a change made meanwhile.
         modified = tuple(os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files)
         if settings.tls_cert_file:
-            from dsmq.wire.tls import server_context  # noqa: PLC0415 - a server without TLS needs none of it
+            from dsmq.wire.tls import server_context  # noqa: PLC0415 - not needed without TLS
 
             tls = server_context(*files)
         return cls(

@@ -1,4 +1,4 @@
-"""Assigns accepted connections to event loops, or refuses them."""
+"""Assigns accepted connections to event loops or refuses them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Admission:
         self._refused: deque[tuple[float, socket.socket]] = deque()
 
     def assign(self, sock: socket.socket, host: str, name: str) -> None:
-        """Give a connection to the event loop with the fewest connections, or refuse it."""
+        """Give a connection to the event loop with the fewest connections or refuse it."""
         client_key, access = auth.client_key(host), self._context.access
         if refusal := self._refusal(client_key):
             self._refuse(sock, name, *refusal, speaks_tls=access.tls is not None)
@@ -99,6 +99,6 @@ class Admission:
 def _stream(sock: socket.socket, context: SSLContext | None) -> Stream:
     if context is None:
         return sock
-    from dsmq.wire import tls  # noqa: PLC0415 - a server without TLS needs none of it
+    from dsmq.wire import tls  # noqa: PLC0415 - not needed without TLS
 
     return tls.accept(context, sock)

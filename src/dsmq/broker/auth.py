@@ -55,7 +55,7 @@ class Authenticator:
         return found
 
     def changes(self, before: Authenticator) -> dict[str, list[str]]:
-        """Return the names of the tokens that were added and removed since another authenticator."""
+        """Return the names of the tokens added and removed since an earlier authenticator."""
         return {
             "tokens_new": [token.name for token in self.tokens if token not in before.tokens],
             "tokens_gone": [token.name for token in before.tokens if token not in self.tokens],

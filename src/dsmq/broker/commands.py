@@ -61,7 +61,7 @@ class Command:
         )
 
     def wrong_count(self) -> BadRequest:
-        return BadRequest(f"wrong number of arguments, should be: {self.name} {self.syntax}".rstrip())
+        return BadRequest(f"wrong number of arguments; usage: {self.name} {self.syntax}".rstrip())
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,7 @@ class CommandTable:
 
     all: dict[bytes, Command]
     by_role: dict[Role, dict[bytes, Command]]
-    """The commands that may run without further checks. Unauthenticated clients have none: each of their commands is
-    checked."""
+    """The commands that a role may run without further checks; none for unauthenticated clients."""
     queued: dict[Role, dict[bytes, Command]]
     """The same, between MULTI and EXEC."""
 
@@ -120,7 +119,7 @@ PUT = Command(
     "PUT",
     puts.put,
     "topic message [KEY producer seq [AGAIN]] [RUN run]",
-    "Store a message and return its id. With KEY, a repetition stores nothing.",
+    "Store a message and return its id. With KEY, a repeated put is not stored again.",
     Role.WRITE,
     puts.parse_put,
 )
@@ -132,7 +131,7 @@ COMMANDS: dict[bytes, Command] = {
             "READ",
             reads.read,
             "topic [LAST|SINCE] after [COUNT n] [BYTES n] [WAIT ms] [LATEST] [EPOCH epoch]",
-            "Return the messages with ids above `after`, each as id, number, age in ms, body and ms left.",
+            "Return the messages with ids above `after`, each as id, number, age in ms, body and ms to expiry.",
             parse=reads.parse_read,
         ),
         Command(
@@ -152,7 +151,7 @@ COMMANDS: dict[bytes, Command] = {
             "TAKE",
             jobs.take,
             "topic|pattern group lease-ms [WAIT ms] [COUNT n] [TOKEN token]",
-            "Take the next jobs, each as topic, id, number, age in ms, body, ms left and attempt.",
+            "Take the next jobs, each as topic, id, number, age in ms, body, ms to expiry and attempt.",
             Role.WRITE,
         ),
         Command(
@@ -175,7 +174,7 @@ COMMANDS: dict[bytes, Command] = {
             "EXTEND",
             jobs.extend,
             "topic|pattern group id attempt ms [EPOCH epoch]",
-            "Set how long a job's lease lasts from now.",
+            "Make a job's lease end in `ms` milliseconds.",
             Role.WRITE,
             jobs.parse_extend,
         ),

@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 class Connection:
     """A client's connection and its state. Used only by the thread of its event loop."""
 
-    # With this many attributes, slots are faster than a dict.
+    # With so many attributes, slots are faster than a dict.
     __slots__ = (
         *("awaits_start", "context", "counters", "id", "last_put", "last_read", "last_selection", "login", "loop"),
         *("name", "notices", "opened_at", "peer", "pending_puts", "reads", "requests", "scheduled", "start_id"),
@@ -60,11 +60,11 @@ class Connection:
         self.notices = False
         self.last_read: tuple[bytes, int] | None = None
         self.last_selection: tuple[Selection, int] | None = None
-        """The selection that it last read, if that takes little memory, and its position in it."""
+        """The selection that the client last read, if that takes little memory, and the position in it."""
         self.last_put = b""
         """The topic of the last put."""
         self.start_id: int | None = None
-        """The last id when the client connected, after which GET begins; None until the store replies."""
+        """The last id when the client connected; GET starts after it. None until the store replies."""
         self.awaits_start = False
         self.opened_at = 0.0
 
@@ -184,7 +184,7 @@ class Connection:
     # Deadlines
 
     def schedule(self, when: float) -> None:
-        """Check the deadlines at this time, or earlier."""
+        """Check the deadlines at this time or earlier."""
         if when < self.scheduled:
             self.loop.schedule(self, when)
 
@@ -214,7 +214,7 @@ class Connection:
         self.requests.run()
 
     def finish(self) -> None:
-        """Run no more requests, and close when everything has been sent."""
+        """Run no more requests and close when everything has been sent."""
         if self.state is NO_ROOM:
             self.loop.memory.remove(self)
         self.state = max(self.state, FINISHING)
@@ -254,7 +254,7 @@ class Connection:
     def end(self, error: ReplyError) -> None:
         """Close for a reason that is unrelated to a request.
 
-        Redis clients crash on unsolicited errors, or mistake them for the reply to their next request. So the error is
+        Redis clients crash on unsolicited errors or mistake them for the reply to their next request. So the error is
         sent only if the client requested notices, or as the reply to a request that has not run.
         """
         if self.notices or self.reads.pending is not None or not self.requests.is_empty:
@@ -266,8 +266,8 @@ class Connection:
         _logger.info("%r: %s %s", self, error.code, error, extra=self.event("rejected", code=error.code))
 
     def on_failure(self, *, in_request: bool = False) -> None:
-        """Close only this connection after a defect; if the defect occurred in a request, reply to it first."""
-        _logger.exception("%r: dropped after a defect", self, extra=self.event("defect"))
+        """Close only this connection because of a bug; if it occurred in a request, reply to that first."""
+        _logger.exception("%r: dropped because of a bug", self, extra=self.event("defect"))
         self.counters.failures += 1
         self.reads.end()
         if in_request and self.commit_puts():

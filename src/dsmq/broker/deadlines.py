@@ -1,4 +1,4 @@
-"""The deadlines of connections, and the timers of an event loop."""
+"""The deadlines of connections and the timers of an event loop."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _end_idle(connection: Connection) -> None:
 
 
 class Timers:
-    """Calls `on_timer` of targets, with the time, once that is due; a new time replaces the previous one."""
+    """Calls each target's `on_timer` at its scheduled time; a new time replaces the previous one."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, TimerTarget]] = []
@@ -81,7 +81,7 @@ class Timers:
         target.scheduled = when
         heapq.heappush(self._heap, (when, next(self._numbers), target))
         if len(self._heap) > 2 * targets + 64:
-            # Most timers belong to closed connections, or were replaced by earlier ones.
+            # Most timers belong to closed connections or were replaced by earlier ones.
             self._heap = [timer for timer in self._heap if _is_valid(*timer)]
             heapq.heapify(self._heap)
         self.next_at = self._heap[0][0] if self._heap else math.inf

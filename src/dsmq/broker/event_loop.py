@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from dsmq.broker.login import Peer
     from dsmq.broker.transport import Stream, Transport
 
-# How often an event loop reports that it is alive, and measures the delay of its timers.
+# How often an event loop reports that it is alive and measures the delay of its timers.
 PULSE_SECONDS = 1.0
 # A turn that takes longer than this stores puts and sends replies along the way. Each connection may run requests for a
 # slice of this time, which is shorter if more connections are ready. If there are many, each runs a single request at
@@ -84,7 +84,7 @@ class EventLoop:
 
     @property
     def due_at(self) -> float:
-        """When the loop should have begun another turn, or it is stuck."""
+        """If the loop has not begun another turn by this time, it is stuck."""
         return self.now + PULSE_SECONDS
 
     # From other threads
@@ -179,7 +179,7 @@ class EventLoop:
             self.close()
 
     def close(self) -> None:
-        """Close everything. Called in its own thread, or if that never ran."""
+        """Close everything. Called in the loop's thread, or in another if that never started."""
         for connection in list(self.connections):
             connection.close("the server has stopped")
         self._close_poller()
@@ -190,8 +190,8 @@ class EventLoop:
 
     def _turn(self) -> None:
         before = self.counters.requests
-        # A timer runs only after the sockets have been read once more: what has arrived in time is not late, even if
-        # the process was stopped (SIGSTOP) in the meantime.
+        # Timers run only after the sockets have been read once more, so that what arrived in time does not count as
+        # late, even if the process was stopped meanwhile (SIGSTOP).
         due = self.now
         ready = self._wait()
         self.now = self._answered_at = time.monotonic()
@@ -199,7 +199,7 @@ class EventLoop:
             self._poll_until = self.now + self._busy_poll_seconds
         many = len(ready) + len(self._to_run) > 4
         self.slice_seconds = _slice_seconds(len(ready)) if many else MOST_SLICE_SECONDS
-        # A defect in one connection closes only that connection; on_failure logs and counts it.
+        # An exception closes only its connection; on_failure logs and counts it.
         for target, events in ready:
             try:
                 target.on_ready(events)
@@ -251,7 +251,7 @@ class EventLoop:
         return self._answered_at >= self._stop_at
 
     def _answer(self) -> None:
-        """Store the puts of the batch, and send the replies."""
+        """Store the puts of the batch and send the replies."""
         while self.batch.puts:
             self.batch.commit()
         to_flush, self.to_flush = self.to_flush, []
@@ -263,7 +263,7 @@ class EventLoop:
         self._answered_at = time.monotonic()
 
     def _wait(self) -> list[tuple[Any, int]]:
-        """Wait until sockets are ready, and return them.
+        """Wait until sockets are ready and return them.
 
         Poll for a moment before sleeping: waking a processor takes longer than most requests, especially in a virtual
         machine.
@@ -275,7 +275,7 @@ class EventLoop:
             if ready := self._poller.wait(0):
                 return ready
             self._flush_store()
-            # Yield the processor to a client that is waiting for it.
+            # A client may be waiting for this processor.
             yield_processor()
             before, now = now, time.monotonic()
             if now - before > LONG_YIELD_SECONDS:
@@ -293,7 +293,7 @@ class EventLoop:
             # The next put that needs a flush will fail, and its client gets the error.
             _logger.debug("the write buffer could not be flushed: %s", error)
         except Exception:  # noqa: BLE001
-            self._log_defect("writing failed because of a defect")
+            self._log_defect("writing failed because of a bug")
 
     def _run_posted(self) -> None:
         while self._posted:
@@ -307,7 +307,7 @@ class EventLoop:
         self.counters.failures += 1
 
     def when_done(self, answer: Future[T], call: Callable[[T | ReplyError], None]) -> None:
-        """Call this in the loop's thread with the store's answer, once it arrives, or with the error to reply."""
+        """When the store answers, call this in the loop's thread with the answer or with the error to reply."""
 
         def pass_on(done: Future[T]) -> None:
             result = _result(done)

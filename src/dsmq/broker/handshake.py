@@ -101,7 +101,7 @@ def client_(client: Connection, request: list[bytes]) -> bytes:
         case [b"ID"]:
             return encode_integer(client.id)
         case [b"SETINFO", _, _] | [b"NO-EVICT" | b"NO-TOUCH", _] | [b"MAINT_NOTIFICATIONS", *_]:
-            # dsmq does not evict, and has no maintenance to announce. redis-py 8 sends the last on every connection.
+            # dsmq neither evicts nor announces maintenance. redis-py 8 sends the last one on every connection.
             return OK
     raise BadRequest(
         "CLIENT has the subcommands SETNAME name, GETNAME, ID, SETINFO name value, NO-EVICT, NO-TOUCH and "

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 MAX_LEASE_MS = 86_400_000
 MAX_JOBS = 1_000
-# After how long a waiting TAKE tries again if a limit on jobs was reached.
+# How long a waiting TAKE pauses after reaching a limit on jobs.
 _FULL_RETRY_SECONDS = 1.0
 _NO_REQUEST = Take(b"", b"", Selection(()), 0, 0, 0, b"", "")
 
@@ -69,7 +69,7 @@ class TakeQueues:
         """Remove a TAKE. If it was the first, the next one's turn has come."""
         with self._lock:
             queue = self._queues[pending.key]
-            # It may not have been notified that it is the first.
+            # Its own `is_first` may not have been set yet.
             was_first = next(iter(queue)) is pending
             del queue[pending]
             if not queue:
@@ -122,7 +122,7 @@ class PendingTake(PendingRead):
         if not (self.is_first or self.queues.is_empty(self.key)):
             if not request.token:
                 return []
-            # Before its turn, it gets only jobs that were assigned with its token.
+            # Before its turn, it gets only jobs that an earlier request with its token was given.
             request = request._replace(max_jobs=0)
         if self.wait_ms and (self.registered or not request.token):
             # At first, the mirror may lack the jobs of an earlier request with the same token.
@@ -141,7 +141,7 @@ class PendingTake(PendingRead):
         self.is_asked = False
         if not (isinstance(error, Full) and self.wait_ms):
             raise error
-        # DONE, or a change of the limits, wakes it.
+        # DONE or a change of the limits wakes it.
         self.is_refused = True
         return []
 
@@ -207,7 +207,7 @@ def parse_take(client: Connection, request: list[bytes]) -> PendingTake:
     topic, group = _parse_key(client, request)
     words, token = request[3:], b""
     if len(words) > 2 and words[-2] == b"TOKEN":
-        # Usually, this is the last option, and the others are the same in many requests.
+        # TOKEN is usually last and new each time; the other words repeat, so parsing them is cached.
         words, token = words[:-2], _check_token(words[-1])
     lease_ms, count, wait_ms, other_token = _parse_options(*words)
     if token and other_token:
@@ -265,7 +265,7 @@ def _without_epoch(request: list[bytes], least: int) -> list[bytes]:
     if request[-2].upper() != b"EPOCH":
         return request
     if len(request) < least + 2:
-        raise BadRequest("EPOCH follows id, attempt and ms")
+        raise BadRequest("EPOCH should follow id, attempt and ms")
     if len(request[-1]) > MAX_NAME_BYTES:
         raise BadRequest(f"EPOCH: an epoch has at most {MAX_NAME_BYTES} bytes")
     return request[:-2]

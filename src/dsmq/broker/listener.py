@@ -1,4 +1,4 @@
-"""Listens on sockets (IPv4, IPv6 and Unix), and accepts connections."""
+"""Listens on sockets (IPv4, IPv6 and Unix) and accepts connections."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Max connections accepted in one turn of the loop, so that a flood of new connections does not starve open ones.
 MAX_ACCEPTS = 4
-# Max unsent reply bytes buffered in the kernel; if a client does not read, all others are counted here.
+# Max unsent reply bytes buffered in the kernel. Any more stay in this process, where they are counted.
 MAX_NOT_SENT_BYTES = 32_768
 # Max attempts to find a port that is free on all addresses of a name.
 MAX_ATTEMPTS = 20
@@ -200,7 +200,7 @@ class Listener:
         self.loop.listen([self])
 
     def on_failure(self) -> None:
-        """Log the exception, and continue with the next connection."""
+        """Log the exception and continue with the next connection."""
         _logger.exception("accepting failed")
 
     def stop_accepting(self) -> None:
@@ -223,7 +223,7 @@ def _set_options(sock: socket.socket) -> None:
     for name, value in (
         ("TCP_NODELAY", 1),
         ("TCP_NOTSENT_LOWAT", MAX_NOT_SENT_BYTES),
-        # Within two minutes, detects that a client has vanished.
+        # Detects within two minutes that a client has vanished.
         *(("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)),
     ):
         if hasattr(socket, name):

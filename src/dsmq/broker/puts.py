@@ -25,7 +25,7 @@ MAX_BATCH_BYTES = 1_048_576
 PUT_BYTES = MAX_BATCH_BYTES // 500
 
 _Left: TypeAlias = "deque[tuple[Connection, Answer[list[Outcome]] | ReplyError]]"
-"""Puts without a reply yet, and the store's answers to them."""
+"""Puts without a reply yet and the store's answers to them."""
 
 _logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _parse_key(store: Store, request: list[bytes]) -> tuple[bytes, int] | None:
 
 
 class PutBatch:
-    """Puts that are stored together at the end of the turn, and then answered in order."""
+    """Puts that are stored together at the end of the turn and then answered in order."""
 
     def __init__(self, loop: EventLoop, workers: Sequence[EventLoop]) -> None:
         """`workers` are all event loops, whose readers are woken."""
@@ -137,18 +137,18 @@ class PutBatch:
         self._answer_in_order(left)
 
     def append(self, puts: list[Put], *, together: bool = False) -> Answer[list[Outcome]] | ReplyError:
-        """Store these puts, and wake readers waiting for them; return the outcomes, or the error for all."""
+        """Store these puts and wake readers waiting for them; return the outcomes or the error for all."""
         store = self._loop.context.store
         try:
             stored = store.append_together(puts) if together else store.append(puts)
         except ReplyError as error:
             return error
         except Exception:
-            _logger.exception("storing failed because of a defect", extra=logs.event("defect"))
+            _logger.exception("storing failed because of a bug", extra=logs.event("defect"))
             self._loop.counters.failures += 1
-            return StoreFailed("a defect in the server; see its log")
+            return StoreFailed("a bug in the server; see its log")
         if not isinstance(stored, Future):
-            # Wake the readers before replying to the puts, so that they don't wait for that. A store that answers later
+            # Wake the readers now, so that they don't wait for the replies to the puts. A store that answers later
             # reports new messages itself.
             for worker in self._workers:
                 if worker.waiters.by_topic or worker.waiters.patterns.waiting:
@@ -180,7 +180,7 @@ def _answer_later(connections: list[Connection], stored: Sequence[Outcome] | Rep
 def put_together(
     client: Connection, puts: list[Put], encode: Callable[[list[int] | ReplyError], bytes]
 ) -> bytes | None:
-    """Store all or none; return the encoded ids or error, or None if the store answers later."""
+    """Store all of the puts or none; return the encoded ids or error, or None if the store answers later."""
     stored = client.loop.batch.append(puts, together=True)
     if not isinstance(stored, Future):
         return encode(_as_one(stored))
@@ -200,7 +200,7 @@ def _reply_later(
 
 
 def _as_one(stored: list[Outcome] | ReplyError) -> list[int] | ReplyError:
-    """Return the ids of puts that were stored together, or their common error."""
+    """Return the ids of puts that were stored together or their common error."""
     if isinstance(stored, ReplyError):
         return stored
     errors = [outcome for outcome in stored if isinstance(outcome, ReplyError)]

@@ -68,7 +68,7 @@ class PendingRead:
         return store.latest(self.topic, self.after)
 
     def fetch_once(self, store: Store, found: dict[Hashable, Any] | None) -> Answer[Any]:
-        """Fetch, unless this read waits, and `found` has what another waiting reader at its position just got."""
+        """Like `fetch`, but if `found` has what was just fetched for another waiter at this position, return that."""
         if found is None or type(self) is not PendingRead or not self.registered or not self.count:
             return self.fetch(store)
         position = self.topic, self.after, self.count, self.max_bytes
@@ -142,7 +142,7 @@ def read(client: Connection, request: list[bytes]) -> Encoded | None:
 
 
 def check_position(client: Connection, pending: PendingRead) -> None:
-    """Raise an error if `after` is of another epoch."""
+    """Raise an error if `after` belongs to another epoch."""
     store = client.context.store
     if pending.epoch is not None:
         check_epoch(store, pending.epoch)
@@ -198,7 +198,7 @@ def _encode_read(client: Connection, read: PendingRead, messages: list[Message])
     if messages is not waiters.encoded[0]:
         reply = encode_messages(messages)
         if type(reply) is not bytes:
-            # The reader's transport keeps a long reply, and appends to it.
+            # A long reply can't be shared: the reader's transport keeps it and appends to it.
             return reply
         waiters.encoded = messages, reply
     return waiters.encoded[1]
@@ -351,15 +351,15 @@ class Reads:
         return read.encode(connection, read, messages)
 
     def wake(self) -> None:
-        """Try again: there is a new message, or room for the reply."""
+        """Try again: there is a new message or room for the reply."""
         if self.pending is not None:
             self._try(self.pending)
 
     def _try(self, read: PendingRead, found: Any = None) -> None:
-        """Reply now if possible; `found` is the answer if the store answers later."""
+        """Reply now if possible; `found` is the answer of a store that answers later."""
         connection = self._connection
         if self.pending is not read or connection.state is not WAITING:
-            # It has already been answered, or is waiting for room.
+            # It has already been answered or is waiting for room.
             return
         try:
             if isinstance(found, ReplyError):

@@ -33,7 +33,7 @@ MAX_DISCARDED_BYTES = 65_536
 
 @dataclass(slots=True, eq=False)
 class Requests:
-    """Receives requests, and runs them in order, with one reply to each. Buffered requests count towards a total."""
+    """Receives requests and runs them in order, with one reply to each. Buffered requests count towards a total."""
 
     connection: Connection
     loop: EventLoop
@@ -42,14 +42,14 @@ class Requests:
     counts: dict[str, int]
     parser: RequestParser = field(default_factory=lambda: RequestParser(0))
     queue: list[list[bytes]] = field(default_factory=list)
-    """Requests parsed but not run yet. With so few, a deque would not be faster, and would take memory when idle."""
+    """Requests parsed but not yet run. For so few, a deque would not be faster, and it would take memory when idle."""
     transaction: Transaction | None = None
     steps: list[Step] = field(default_factory=list)
     """The remaining steps of EXEC, in reverse order. The queue contains a request with an empty name for each."""
     permitted: dict[bytes, Command] = field(default_factory=dict)
     max_receive: int = RECEIVE_BYTES
     reserved: int = 0
-    """Their share of the total bytes. An incomplete request counts as its declared length."""
+    """This connection's share of the total. An incomplete request counts with its declared length."""
     incomplete_since: float = inf
     slow_from: float = inf
     """When the average speed of an incomplete request will have fallen below SLOW_BYTES_PER_SECOND."""
@@ -84,7 +84,7 @@ class Requests:
     # Receiving
 
     def on_ready(self, events: int) -> None:
-        """Read or write, as the socket is ready."""
+        """Receive or send, depending on the socket's events."""
         connection, transport, loop = self.connection, self.transport, self.loop
         if connection.state is HANDSHAKE:
             transport.shake_hands()
@@ -120,7 +120,7 @@ class Requests:
         self.connection.on_failure()
 
     def _scarce_bytes(self) -> int:
-        """Return how many bytes to receive: fewer if many connections are ready, or if memory is short."""
+        """Return how many bytes to receive: fewer if many connections are ready or if memory is short."""
         most = self.max_receive if self.loop.slice_seconds else min(self.max_receive, CROWD_RECEIVE_BYTES)
         return min(most, FREE_BYTES + self.missing) if self.budget.is_crowded else most
 

@@ -13,15 +13,15 @@ class State(enum.IntEnum):
     OPEN = 1
     """Runs requests as they arrive."""
     BEHIND = 2
-    """Has requests to run in the next turn, or once the client has read replies. Until then, receives nothing."""
+    """Has requests to run in the next turn or once the client has read replies. Until then, receives nothing."""
     WAITING = 3
     """Waits for a message or the store's answer before it can reply. Further requests are buffered."""
     NO_ROOM = 4
-    """Waits for memory for a reply, or for the rest of an incomplete request."""
+    """Waits for memory for a reply or for the rest of an incomplete request."""
     FINISHING = 5
     """Runs no more requests. Starts lingering when all replies have been sent."""
     LINGERING = 6
-    """Has shut down its sending side after the last reply, and waits for the client to disconnect."""
+    """Has shut down its sending side after the last reply and waits for the client to disconnect."""
     CLOSED = 7
 
 

@@ -60,7 +60,7 @@ class Step(NamedTuple):
     command: Command
     request: list[bytes]
     reply: Encoded | ReplyError | None
-    """The reply to a put. Puts are stored, or refused, before the first step."""
+    """The reply to a put. Puts are stored or refused before the first step."""
     below: int
     """The id of the transaction's next put into the same topic, which this step must not read. For a read of several
     topics: the id of its next put.

@@ -1,4 +1,4 @@
-"""A client's socket, and its unsent replies."""
+"""A client's socket and its unsent replies."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Transport:
     data: bytearray = field(default_factory=bytearray)
     """Unsent replies."""
     counted: int = 0
-    """Their share of the total bytes."""
+    """The bytes counted in the total."""
     max_unread: int = 0
     """If more bytes than this are unsent, no further requests run."""
     unread_since: float = inf
@@ -50,7 +50,7 @@ class Transport:
     slow_from: float = inf
     """When the client's average reading speed will have fallen below SLOW_BYTES_PER_SECOND."""
     active_at: float = 0.0
-    """When data was last received, or finally sent."""
+    """When data was last received, or the last reply was sent completely."""
     linger_seconds: float = field(default_factory=lambda: LINGER_SECONDS)
     eof_received: bool = False
     events: int = 0
@@ -135,7 +135,7 @@ class Transport:
             self.connection.schedule(now + self.connection.context.settings.reply_timeout_seconds)
 
     def _linger(self) -> None:
-        """End the stream, and give the client time to read the replies and disconnect.
+        """End the stream and give the client time to read the replies and disconnect.
 
         If the server closed while the client is still sending, the kernel would reset the connection, and the last
         reply might be lost.

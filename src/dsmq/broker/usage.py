@@ -36,7 +36,7 @@ RECEIVE_BYTES = 131_072
 # How often to close slow clients while a connection waits for room.
 CLOSE_SECONDS = 0.05
 
-# The memory overhead of a parsed request, and of each of its arguments.
+# The memory overhead of a parsed request and of each of its arguments.
 REQUEST_OBJECT_BYTES = 100
 ARGUMENT_OBJECT_BYTES = 40
 
@@ -112,12 +112,12 @@ class Budget(Count["Connection"]):
         """Whether the largest possible claim would not fit."""
         self.is_crowded = False
         """Whether a connection waits, or would have to wait with the largest possible claim."""
-        # The waiting connections, since when, and for how many bytes; and those of them with a short claim.
+        # The waiting connections: when each began to wait, and for how many bytes; and those with a short claim.
         self.queue: dict[Connection, tuple[float, int]] = {}
         self._short: dict[Connection, None] = {}
 
     def set_limit(self, limit: int, longest: int) -> None:
-        """Set the limit, or `longest`, the largest possible claim, if that is more."""
+        """Set the limit, but to no less than `longest`, the largest possible claim."""
         with self._lock:
             self.limit, self._longest = max(limit, longest), longest
             self._judge()
@@ -162,7 +162,7 @@ class Budget(Count["Connection"]):
             return None
 
     def missing(self, since: float) -> int:
-        """Return how many bytes to free for the connections that have waited since that time; 0 or less: none."""
+        """Return how many bytes to free for the connections that have waited since then or longer; 0 or less: none."""
         with self._lock:
             wanted = [amount for began, amount in self.queue.values() if began <= since]
             return self.total + sum(wanted) - self.limit
@@ -246,7 +246,7 @@ class MemoryQueue:
 
     def __init__(self, totals: Usage) -> None:
         self.is_short = False
-        """Whether a connection waits, or a budget is exceeded."""
+        """Whether a connection waits or a budget is exceeded."""
         self._budgets = (totals.replies, totals.requests)
         self._waiting: dict[Connection, None] = {}
         self._close_at = 0.0
@@ -294,7 +294,7 @@ class MemoryQueue:
 
 
 def _close_slow(budget: Budget, missing: int, seconds: float) -> None:
-    # With thousands of connections, sorting would take longer than the time allowed for closing them.
+    # The time is taken after sorting, which may take longer than `seconds` with thousands of connections.
     largest, now = budget.largest(), time.monotonic()
     for connection, held in largest:
         if missing <= 0 or time.monotonic() >= now + seconds:

@@ -60,7 +60,7 @@ class Waiters:
             raise
 
     def extend(self, topics: Iterable[bytes], patterns: Sequence[Pattern], connection: Connection) -> None:
-        """Make a connection that is not waiting yet wait for these. Raises Busy if there are too many patterns."""
+        """Make a connection wait for these, too. Raises Busy if there are too many patterns."""
         if patterns:
             waiting_patterns = self._usage.waiting_patterns
             if not waiting_patterns.claim(connection, len(patterns)):
@@ -100,7 +100,7 @@ class Waiters:
         self.serve()
 
     def serve(self) -> None:
-        """Match topics, and reply to woken connections, for a slice of the turn."""
+        """Match topics and reply to woken connections for a slice of the turn."""
         until = time.monotonic() + self._slice_seconds
         self.found = {}
         while self.to_wake or self.unmatched:
@@ -119,7 +119,7 @@ class Waiters:
 
 
 class _Awaited:
-    """A pattern, and the connections that wait for topics that match it."""
+    """A pattern and the connections that wait for topics that match it."""
 
     __slots__ = ("connections", "pattern")
 

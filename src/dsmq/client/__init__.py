@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DSMQClientSideConnection", "Job", "Message", "connect"]
 
-# The retry schedule of dsmq 1.4: the number of delays, and the first one in seconds; each delay is twice the previous
+# The retry schedule of dsmq 1.4: the number of delays and the first one in seconds; each delay is twice the previous
 # one. Their sum is how long `connect` waits for a server to start, and the default timeout of `get_wait`. Both may be
 # adjusted.
 _n_tries = 10
@@ -68,7 +68,7 @@ def connect(  # noqa: PLR0913 - listed one by one for help() and editors
     """Connect to a server at an IPv4 or IPv6 address, a host name, or `unix:/path`.
 
     host may name several servers, in a list or separated by commas, each optionally with its own port. If they share a
-    store, the client uses any of them, and switches to the next one when its server fails. If they don't, each
+    store, the client uses any of them and switches to the next one when its server fails. If they don't, each
     connection is made to the first reachable one, and the client has a separate position at each.
 
     timeout: the connection counts as lost if no part of an expected reply arrives for this many seconds, plus the time
@@ -84,10 +84,10 @@ def connect(  # noqa: PLR0913 - listed one by one for help() and editors
     name identifies this client on the server's status page and in its logs: up to 64 printable ASCII characters, no
     spaces. Default: the program's name and process id.
 
-    start is where reading of each topic begins: "oldest", or a position as returned by `position`. By default, it
-    begins with the messages put after the client connected.
+    start sets where reading of each topic begins: "oldest", or a position as returned by `position`. By default, it
+    begins with the first message put after the client connected.
 
-    token authenticates the client. tls=True encrypts, and verifies the server's certificate for this host; ca_file
+    token authenticates the client. tls=True encrypts and verifies the server's certificate for this host; ca_file
     replaces the system's authorities; cert_file and key_file are the client's own certificate. The files are in PEM
     format; each implies tls. tls may also be an ssl.SSLContext.
 
@@ -144,7 +144,7 @@ class DSMQClientSideConnection(Worker):
     def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
         """Put several messages in order, much faster than one by one; returns their ids.
 
-        They are sent in batches of up to 500 messages, 256 KiB, or 0.1 seconds of an iterator.
+        They are sent in batches of up to 500 messages or 256 KiB, or of what an iterator yields in 0.1 seconds.
 
         Raises what `put` raises. The messages before the one that failed have been stored, and some after it, up to the
         end of the next batch, may have been: the error's stored_before and stored_after count them.
@@ -180,7 +180,7 @@ class DSMQClientSideConnection(Worker):
 
         Without a timeout it waits about ten seconds: the sum of `_n_tries` delays, the first of `_initial_retry`
         seconds, each of the others twice the previous one. If the server is unreachable when that time is over, the
-        call takes up to `reconnect_timeout` longer, and then raises ConnectionLost.
+        call takes up to `reconnect_timeout` longer and then raises ConnectionLost.
         """
         # Inlines `wait_seconds`, because this path is hot.
         seconds = default_wait() if timeout is None else arguments.seconds("timeout", timeout)
@@ -217,7 +217,7 @@ class DSMQClientSideConnection(Worker):
         `topic` may also be a pattern, in which `*` matches any characters, or a list of topics and patterns. These are
         read together, in the order of ids, with a position of their own.
 
-        latest=True returns only the newest message of each topic, and skips the older ones, like `get_latest`.
+        latest=True returns only the newest message of each topic and skips the older ones, like `get_latest`.
         """
         n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
         return self._read(arguments.names(topic), n, seconds, None, ALL, latest)  # type: ignore[no-any-return]
@@ -262,7 +262,7 @@ class DSMQClientSideConnection(Worker):
         return replies.stats(call.reply)
 
     def purge(self, topic: str) -> int:
-        """Expire all stored messages of a topic, or of all topics that match a pattern; return their number.
+        """Expire all stored messages of a topic or of all topics that match a pattern; return their number.
 
         Other clients count those that they have not read as missed. Requires the role admin. After ConnectionLost, some
         may have been purged.
@@ -386,6 +386,6 @@ def _shut_down(connection: Connection, call: NonIdempotent) -> None:
 
 
 def default_wait() -> float:
-    """Return the default time to wait for a message, or for a server that is starting, in seconds."""
+    """Return the default time in seconds to wait for a message or a starting server."""
     tries = _n_tries if _n_retries == _N_RETRIES else _n_retries
     return _initial_retry * ((1 << tries) - 1)

@@ -14,7 +14,7 @@ from dsmq.wire.limits import MAX_NAMES
 
 MAX_PORT = 65_535
 MAX_NAME_LENGTH = 64
-# Shorter times skip the slower checks.
+# Shorter times need no further checks.
 COMMON_SECONDS = 1e9
 
 
@@ -86,7 +86,7 @@ def topic_name(topic: object) -> bytes:
 
 
 def topic_or_pattern(topic: object) -> bytes:
-    """Return a topic, or a pattern (which contains `*`), as sent on the wire."""
+    """Return a topic or a pattern (which contains `*`) as sent on the wire."""
     return topic.encode() if isinstance(topic, str) and "*" in topic else topic_name(topic)
 
 

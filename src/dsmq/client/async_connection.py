@@ -1,4 +1,4 @@
-"""One connection of the asyncio client: sends the requests of many tasks, and receives replies, with timeouts."""
+"""One connection of the asyncio client: sends the requests of many tasks and receives replies, with timeouts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dsmq.system import raise_malloc_threshold, unsent_bytes
 from dsmq.wire.addresses import Endpoint
 from dsmq.wire.resp import Reply, ReplyParser
 
-# Max unanswered requests on a connection, because a server remembers this many puts of one producer.
+# Max unanswered requests on a connection, because a server remembers only this many puts of a producer.
 _MAX_UNANSWERED = 2 * PUTS_AT_ONCE
 # Sending more than this at once may take longer than the timeout of a reply.
 _LONG_BYTES = 16_384
@@ -32,7 +32,7 @@ _FIRST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.001, 0.02
 
 
 class Place:
-    """A call, and its caller's future. If the call is cancelled after it was sent, its reply is dropped."""
+    """A call and its caller's future. If the call is cancelled after it was sent, its reply is dropped."""
 
     __slots__ = ("_left", "call", "future")
 
@@ -109,7 +109,7 @@ class Connection(asyncio.Protocol):
                 value = raise_if_fatal(reply[0])
                 if not due:
                     raise ProtocolError(f"unexpected: {value!r}")
-                # Remove the data afterwards, so that the reply is not lost if this is interrupted.
+                # Remove the call only afterwards, so that it is made again if this is interrupted.
                 due[0].answer(value)
                 due.popleft()
                 self.has_answered = True
@@ -234,7 +234,7 @@ def _fail_calls(connection: Connection) -> None:
 
 
 async def connect(core: Core) -> tuple[Connection, State]:
-    """Return a new connection to one of the servers, and the new state. Raises OSError, or a server's error."""
+    """Return a new connection to one of the servers, and the new state. Raises OSError or a server's error."""
     for endpoint, is_last in core.attempts():
         try:
             connection, state = await _connect(core, endpoint)

@@ -1,4 +1,4 @@
-"""The connections of the asyncio client: one for all calls, and one for each waiting read."""
+"""The connections of the asyncio client: one for all calls and one for each waiting read."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Channel(Retryable):
             raise
 
     async def connect(self) -> None:
-        """Make a connection. Raises OSError, or the server's error."""
+        """Make a connection. Raises OSError or the server's error."""
         self._use(*await connect(self._core))
 
     def _use(self, connection: Connection, state: State) -> None:
@@ -200,7 +200,7 @@ class Channel(Retryable):
         self._fail_calls(error)
 
     def abandon(self) -> None:
-        """Close only the file descriptor, because the event loop is closed, or belongs to the parent process."""
+        """Close only the file descriptor, because the event loop is closed or belongs to the parent process."""
         if self._connection is not None:
             self._connection.sock.close()
 

@@ -1,4 +1,4 @@
-"""One connection of the blocking client: sends requests, and receives replies, with timeouts."""
+"""One connection of the blocking client: sends requests and receives replies, with timeouts."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Connection:
             return
 
     def _send(self, data: bytes | memoryview) -> int:
-        """Send as much as the socket accepts, at least a byte."""
+        """Send as much as the socket accepts, at least one byte."""
         while True:
             # A signal handler may have forked: a child must not write to the parent's connection.
             if process() is not self._process:
@@ -196,7 +196,7 @@ class Connection:
 
     @property
     def closed_reason(self) -> str | None:
-        """The reason why the connection has ended, if it has. No reply may be outstanding."""
+        """Why the connection has ended, or None if it has not. No reply may be outstanding."""
         try:
             if data := self._socket.recv(self._receive_bytes):
                 # If no request is outstanding, the server sends nothing but its reason for closing the connection.

@@ -149,7 +149,7 @@ class Core:
         if not is_lost(error, connecting=not connected):
             if self.down and isinstance(error, ReplyError):
                 self.announce("resumed" if connected else "given up", error)
-            # If it were raised here, the error would refer to itself through this frame, and keep its connection alive
+            # If it were raised here, the error would refer to itself through this frame and keep its connection alive
             # until the next garbage collection.
             return None
         if self.is_closed:
@@ -211,7 +211,7 @@ class Client:
     def position(self, topic: str | Sequence[str]) -> str:
         """Return this client's position in a topic, or in topics read together: after the last message returned.
 
-        It can be saved, and passed to `seek` of any client, for any topic.
+        It can be saved and passed to the `seek` method of any client, for any topic.
         """
         return self._session.position(topic)
 
@@ -223,11 +223,11 @@ class Client:
         last: int | None = None,
         since: float | None = None,
     ) -> None:
-        """Continue reading at a position, or after the message with an id; 0 means before all messages.
+        """Continue reading at a position or after the message with an id; 0 means before all messages.
 
         Alternatively, start with the last `last` messages, as of the next read, or with those put in the last `since`
-        seconds. `topic` may be a pattern or a list of topics, as in `read`; `last` counts the messages of all of them.
-        Until then, `position` is before all messages.
+        seconds; until that read, `position` is before all messages. `topic` may be a pattern or a list of topics, as in
+        `read`; `last` counts the messages of all of them.
 
         If the position is from another epoch, before the server lost its messages, the topic is read from its oldest
         message, and on_state_change is called with `replaced`. If the server has not assigned the id yet, the next read
@@ -239,9 +239,9 @@ class Client:
             self._core.report("replaced")
 
     def forget(self, topic: str) -> None:
-        """Forget the position in a topic, to save memory. If read again, it starts from when this client connected.
+        """Forget the position in a topic, to save memory. Reading it again starts from when this client connected.
 
-        Of more than a thousand topics, silent ones are forgotten anyway once everything read from them has expired.
+        Beyond a thousand topics, silent ones are forgotten anyway once everything read from them has expired.
         """
         self._session.forget(topic)
 

@@ -32,7 +32,7 @@ STAGGER_SECONDS = 0.25
 REST_SECONDS = 2.0
 # A selector does not accept an infinite wait.
 _LONGEST_WAIT_SECONDS = 86_400.0
-# EWOULDBLOCK is missing because a Unix socket with a full queue reports it, and then does not continue connecting.
+# EWOULDBLOCK is missing because a Unix socket with a full queue reports it and then does not continue connecting.
 _IN_PROGRESS = {errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
 _TLS_ALERT = b"\x15\x03"
 # The first bytes from programs that users mistake for a dsmq server.

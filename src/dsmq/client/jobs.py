@@ -1,4 +1,4 @@
-"""Jobs: messages that each go to one of several workers. Without I/O, for both clients."""
+"""Jobs: messages that each go to one of several workers. Used by both clients; does no I/O."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FRESH = 0.9
 _MANY_JOBS = 1000
 
 _FIELDS = bytes, int, int, int, bytes, int, int
-# Makes a Job faster than calling it.
+# Makes a Job faster than calling the class.
 _new = tuple.__new__
 _logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Job(Message):
 
 
 class Jobs:
-    """The jobs that a client holds in this process, and the tokens of its interrupted takes."""
+    """The jobs that a client holds in this process and the tokens of its interrupted takes."""
 
     def __init__(self) -> None:
         self.leases: dict[Receipt, float] = {}
@@ -132,7 +132,7 @@ class Settle(Call):
         topic, group, message_id, attempt, epoch = self.receipt
         words = self._words
         if producer.era and producer.era.epoch != epoch:
-            # The server has lost its messages, and may have assigned the id to another one.
+            # The server has lost its messages and may have assigned the id to another one.
             words = *words, b"EPOCH", epoch.encode()
         return encode_settlement(self._verb, _encode_key(topic, group), message_id, attempt, words)
 
@@ -143,7 +143,7 @@ class Settle(Call):
         return False
 
     def accept(self, leases: dict[Receipt, float]) -> None:
-        """Process the reply. Raises JobLost, or another error of the server."""
+        """Process the reply. Raises JobLost or another error of the server."""
         if not isinstance(error := self.reply, ReplyError):
             if self._verb != b"EXTEND":
                 leases.pop(self.receipt, None)
@@ -217,7 +217,7 @@ def _order(topic: str, group: str, lease: float, prefetch: int) -> _Order:
     """Raises TypeError or ValueError if an argument is invalid."""
     with suppress(TypeError):
         return _known_order(topic, group, lease, prefetch)
-    # An argument is invalid, or just not hashable. Not in a handler, so that the error has no other as its context.
+    # An argument is invalid, or just not hashable. Not in the handler, so that the error does not show the TypeError.
     return _check_order(topic, group, lease, prefetch)
 
 
@@ -277,7 +277,7 @@ class Take(Read):
             self._done.reply, self._done = reply, None
 
     def jobs(self, mq: Any) -> list[Job]:
-        """Return the jobs in the reply. Raises the server's error, or ProtocolError."""
+        """Return the jobs in the reply. Raises the server's error or ProtocolError."""
         reply, now, found = check(self.reply), time.time(), []
         if not isinstance(reply, list) or len(reply) % 7:
             raise ProtocolError("the reply to TAKE does not consist of jobs")
@@ -303,7 +303,7 @@ class Work:
         self._seconds = arguments.seconds("timeout", seconds)
         # The token of the last take, until its first job has been handed out.
         self._tokens: list[bytes] = []
-        # The first is the next to be handed out; while the caller works on it, it is `_given`, and then `_finished`.
+        # The first is the next to be handed out; while the caller works on it, it is `_given` and then `_finished`.
         self._ready: list[Job] = []
         self._given: Job | None = None
         self._finished: Job | None = None
@@ -314,14 +314,14 @@ class Work:
         return jobs_of(self._mq._session)  # noqa: SLF001 - made for this
 
     def begin(self) -> None:
-        """Record that the caller requests the next job, so its current one is finished."""
+        """Record that the caller requests the next job, which finishes its current one."""
         if self._given is not None:
             self._finished = self._given
             self._given = None
         self._tokens = []
 
     def calls(self) -> Iterator[Call]:
-        """Yield calls that finish the caller's job, and prepare the next one, if there is one in time.
+        """Yield calls that finish the caller's job and prepare the next one, if there is one in time.
 
         Each call must be made before the next one is taken from the iterator.
         """

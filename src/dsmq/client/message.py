@@ -12,7 +12,7 @@ class Message(NamedTuple):
 
     topic: str
     id: int
-    """Increases across all topics of a server, and is never reused."""
+    """Increases across all topics of a server and is never reused."""
     number: int
     """Counts the messages of the topic, starting at 1."""
     put_at: float

@@ -38,7 +38,7 @@ class Pool:
         return [connection for ref in list(self._refs) if (connection := ref())]
 
     def borrow(self) -> Connection:
-        """Return a connection for one call. Raises OSError, or the server's error."""
+        """Return a connection for one call. Raises OSError or the server's error."""
         if process() is not self._process:
             self.after_fork()
         try:
@@ -82,7 +82,7 @@ class Pool:
                 self._core.move_on(connection.endpoint)
 
     def connect(self) -> Connection:
-        """Return a new connection to one of the servers. Raises OSError, or a server's error."""
+        """Return a new connection to one of the servers. Raises OSError or a server's error."""
         core = self._core
         for endpoint, is_last in core.attempts():
             try:
@@ -131,7 +131,7 @@ class Pool:
         self._core.raise_if_closed()
 
     def close(self) -> None:
-        """Close all connections, and wake calls that wait before a retry. Idempotent."""
+        """Close all connections and wake calls that wait before a retry. Idempotent."""
         with suppress(RuntimeError):
             self._closing.release()
         # Connections in use are closed by their calls.

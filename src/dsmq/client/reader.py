@@ -51,7 +51,7 @@ def take_back(returned: Returned) -> None:
 
 
 class TopicReader:
-    """The messages of one topic, or of several topics and patterns."""
+    """The messages of one topic or of several topics and patterns."""
 
     __slots__ = ("_seen", "count", "key", "names", "topic", "used_at")
 
@@ -71,7 +71,7 @@ class TopicReader:
         """When messages last arrived, by `boot_time`."""
 
     def _current(self) -> tuple[Stretch, int]:
-        """Return the current state, and the number of messages already taken from its read-ahead."""
+        """Return the current state and the number of messages already taken from its read-ahead."""
         stretch, at = self._seen
         while True:
             step = stretch.next.get(at)
@@ -208,7 +208,7 @@ class TopicReader:
         return step
 
     def take(self, claim: Claim, n: int, convert: Callable[[TopicReader, Entry], T]) -> list[T]:
-        """Take up to `n` messages from the read-ahead, and record them in `claim`.
+        """Take up to `n` messages from the read-ahead and record them in `claim`.
 
         Stops before one that can't be converted; raises MessageNotText if it is the first.
         """
@@ -250,13 +250,13 @@ class TopicReader:
     def take_latest(
         self, claim: Claim, asked: Asked, found: list[Entry], convert: Callable[[TopicReader, Entry], T]
     ) -> list[T] | None:
-        """Take the message that READ … LATEST found, and skip all older ones; None if the request is outdated."""
+        """Take the message that READ … LATEST found and skip all older ones; None if the request is outdated."""
         while True:
             stretch, at = self._current()
             if stretch.era is not asked[0].era or stretch.generation != asked[0].generation:
                 return None
             if not found or found[-1].id <= self.asked_for_latest()[1]:
-                # There may be messages that were given back, or that the server has lost.
+                # There may be messages that were given back or that the server has lost.
                 return self.take(claim, 1, convert) if stretch.rest else []
             last_id, number, missed = stretch.taken(at)
             if stretch.counts is not None:

@@ -1,4 +1,4 @@
-"""The meaning of replies, and the errors that end a connection."""
+"""The meaning of replies and the errors that end a connection."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def stored_id(reply: Reply) -> int:
-    """Return the id in the reply to PUT. Raises the server's error, or ProtocolError."""
+    """Return the id in the reply to PUT. Raises the server's error or ProtocolError."""
     if isinstance(reply, int):
         return reply
     check(reply)
@@ -39,7 +39,7 @@ def raise_if_fatal(reply: Reply) -> Reply:
 
 
 def is_lost(error: BaseException, *, connecting: bool) -> TypeGuard[Exception]:
-    """Return whether an error means that the connection is lost, and a new one is needed."""
+    """Return whether an error means that the connection is lost and a new one is needed."""
     if isinstance(error, DSMQError):
         # A busy server may have room soon, and a server whose tokens have changed may accept this client's token.
         return isinstance(error, ShuttingDown | TimedOut | Unsure | (Busy if connecting else AuthRequired))
@@ -66,7 +66,7 @@ def restored_number(reply: Reply) -> int:
 
 
 def topics(reply: Reply) -> list[tuple[str, int, int]]:
-    """Return the topics in the reply to TOPICS. Raises the server's error, or ProtocolError."""
+    """Return the topics in the reply to TOPICS. Raises the server's error or ProtocolError."""
     check(reply)
     if not isinstance(reply, list) or len(reply) % 3:
         raise ProtocolError("the reply to TOPICS is not an array of triples")
@@ -78,7 +78,7 @@ def topics(reply: Reply) -> list[tuple[str, int, int]]:
 
 
 def stats(reply: Reply) -> dict[str, int | str]:
-    """Return the values in the reply to STATS, or to INFO. Raises the server's error, or ProtocolError."""
+    """Return the values in the reply to STATS or INFO. Raises the server's error or ProtocolError."""
     if not isinstance(check(reply), bytes):
         return {name: as_number(value) for name, value in as_map(reply).items()}
     pairs = [line.partition(":")[::2] for line in as_text(reply).splitlines() if line and line[0] != "#"]
@@ -87,7 +87,7 @@ def stats(reply: Reply) -> dict[str, int | str]:
 
 
 def as_map(reply: Reply) -> dict[str, Reply]:
-    """Return the map in a reply. Raises the server's error, or ProtocolError."""
+    """Return the map in a reply. Raises the server's error or ProtocolError."""
     values = check(reply)
     if not isinstance(values, list) or len(values) % 2:
         raise ProtocolError("the reply is not a map")

@@ -112,7 +112,7 @@ class Call(Retryable):
         return False
 
     def request(self, _: Producer) -> bytes:
-        """Return the request for a connection. Raises if it must not be sent on that one."""
+        """Return the request for a producer's connection. Raises if it must not be sent there."""
         return self._request
 
     def take_reply(self, reply: Reply) -> None:
@@ -202,8 +202,7 @@ class Read(Call):
             # The link may be slow.
             self._session.read_bytes = max(MIN_READ_BYTES, self._session.read_bytes // 4)
             return False
-        # Something on the network may cut idle connections. But if it accepts connections only to close them, it is not
-        # a server.
+        # Something on the network may cut idle connections. One that is closed sooner may not have reached a server.
         return bool(self.seconds) and time.monotonic() - self._asked_at > _LONG_WAIT_SECONDS
 
 
@@ -275,14 +274,14 @@ def list_topics(found: list[tuple[str, int, int]]) -> Iterator[Call]:
 
 
 def stats(topic: str | None) -> Call:
-    """Return the call that describes a topic, or the server."""
+    """Return the call that describes a topic or the server."""
     if topic is None:
         return Call(encode_request(b"INFO", b"server", b"clients", b"stats", b"store", b"groups", b"engine"))
     return Call(encode_request(b"STATS", arguments.topic_name(topic)))
 
 
 def purge(topic: str) -> Call:
-    """Return the call that purges a topic, or the topics that match a pattern."""
+    """Return the call that purges a topic or the topics that match a pattern."""
     return NonIdempotent(encode_request(b"PURGE", arguments.topic_or_pattern(topic)))
 
 

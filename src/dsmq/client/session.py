@@ -44,7 +44,7 @@ LOST: dict[State, str] = {
 _MAX_EPOCHS = 8
 # A tuple, because a union would be created for each read.
 _KEYS = (str, Names)
-# Makes an Entry several times faster than calling it.
+# Makes an Entry several times faster than calling the class.
 _new = tuple.__new__
 _MIN_READERS, _MAX_RECENT_READERS = 1000, 100
 # Readers are kept a little longer than messages, because the server may delete messages late.
@@ -100,7 +100,7 @@ class Session:
     def handle_hello(self, reply: Reply) -> tuple[State, Era]:
         """Process the reply to HELLO on a new connection; return the new state, and the era.
 
-        A new epoch means that the server has lost its messages: all that it has now were put after this client
+        A new epoch means that the server has lost its messages: those that it has now were put after this client
         connected, and are read from the oldest on. A new run means that it may have lost the last messages put.
         """
         facts = as_map(reply)
@@ -116,7 +116,7 @@ class Session:
         while (era := self.era).epoch != epoch or era.run != run:
             if not era.epoch:
                 start, state = self._start_after(epoch, last_id)
-                # The number of this message is unknown.
+                # The number of the message with the id `start` is unknown.
                 self._era = Era(epoch, run, start, None)
                 self._epochs[epoch] = start, None, run
                 return state, self._era
@@ -183,12 +183,12 @@ class Session:
         self._max_readers = max(_MIN_READERS, 2 * len(self._readers))
 
     def position(self, topic: str | Sequence[str]) -> str:
-        """Return the epoch, and the id of the last message returned."""
+        """Return the epoch and the id of the last message returned."""
         epoch, after = self.reader(names(topic)).position
         return f"{epoch}:{after}"
 
     def seek(self, topic: str | Sequence[str], position: str | int, back: Back | None = None) -> bool:
-        """Continue reading at a position, or after an id; return False if the position is of another epoch.
+        """Continue reading at a position or after an id; return False if the position is of another epoch.
 
         In that case, the oldest message is next. Raises TypeError or ValueError if `position` is invalid.
         """
@@ -205,14 +205,14 @@ class Session:
         return self._missed_before + sum(reader.missed for reader in list(self._readers.values()))
 
     def missed_in(self, topic: str | Sequence[str]) -> int:
-        """The share of `missed` of one topic, or of several read together."""
+        """The share of `missed` of one topic or of several read together."""
         take_back(self.returned)
         key, readers = names(topic), list(self._readers.values())
         missed = sum(reader.missed for reader in readers if reader.key == key)
         return missed + sum(reader.missed_in(key) for reader in readers if isinstance(key, str))
 
     def selected(self, reply: Reply) -> tuple[list[Entry], int]:
-        """Return the messages in the reply to MREAD, and its position. Raises the server's error, or ProtocolError."""
+        """Return the messages in the reply to MREAD, and its position. Raises the server's error or ProtocolError."""
         if not isinstance(reply, list) or len(reply) % 6 != 1 or not isinstance(reply[0], int):
             check(reply)
             raise ProtocolError("the reply to MREAD does not consist of messages")
@@ -226,7 +226,7 @@ class Session:
         return found, reply[0]
 
     def entries(self, reply: Reply) -> list[Entry]:
-        """Return the messages in the reply to READ. Raises the server's error, or ProtocolError."""
+        """Return the messages in the reply to READ. Raises the server's error or ProtocolError."""
         if reply == []:
             return []
         if not isinstance(reply, list) or len(reply) % 5:

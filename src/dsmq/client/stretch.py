@@ -93,13 +93,14 @@ class Stretch:
         self.ask = False
         # Epoch and id passed to `seek`, if the server is not known to have had that epoch. Discarded at the next read.
         self.sought: tuple[str, int] | None
-        # The last positions in earlier epochs: epoch, run, id and number. A client with several servers may return.
+        # The last positions in earlier epochs, to which a client with several servers may return: epoch, run, id and
+        # number.
         self.positions: tuple[tuple[str, bytes, int, int | None], ...] = ()
         # The beginning of the range, if only the server knows it: the last `n` messages, or those put since a time.
         self.back: Back | None
         # If several topics are read: the id up to which the server found no messages besides those read ahead.
         self.scanned = 0
-        # In the same case: each topic's count as of `id`, and as of `known`.
+        # In the same case: each topic's count as of `id` and as of `known`.
         self.counts: Counts | None
         self.known_counts: Counts | None
         # The stretch after `end`, if `end` is finite.
@@ -332,14 +333,14 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
 
 
 def _position_behind(part: Stretch) -> tuple[int, int | None]:
-    """Return id and number of the last message read ahead; messages read ahead are still returned."""
+    """Return the id and number of the last message read ahead, because all of those will still be returned."""
     while part.ahead and part.rest:
         part = part.rest
     return part.ahead[-1][:2] if part.ahead else (part.id, part.number)
 
 
 def _in_epoch(era: Era, positions: Sequence[tuple[str, bytes, int, int | None]]) -> Stretch:
-    """Return the stretch from the remembered position in an epoch, or from the start of its first era."""
+    """Return the stretch from the remembered position in an epoch or from the start of its first era."""
     for epoch, run, last_id, number in positions:
         if epoch == era.epoch:
             stretch = Stretch(era, last_id, number)

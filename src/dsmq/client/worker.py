@@ -23,9 +23,9 @@ class Worker(Client):
     def take(
         self, topic: str, group: str = "workers", *, timeout: float | None = None, lease: float = 60.0
     ) -> Job | None:
-        """Take the oldest job of a topic, or of all topics that match a pattern; None if there is none in time.
+        """Take the oldest job of a topic or of all topics that match a pattern; None if there is none in time.
 
-        Each message goes to one worker of a group, and to another one if it is not `done` within `lease` seconds (up to
+        Each message goes to one worker of a group and to another one if it is not `done` within `lease` seconds (up to
         a day). A group begins with the oldest stored message. `timeout` is as in `get_wait`. If a call is interrupted,
         the next one for the same topic and group gets the same job.
 
@@ -45,12 +45,12 @@ class Worker(Client):
     ) -> Iterator[Job]:
         """Iterate over jobs as `take` returns them; end when there is none for `timeout` seconds.
 
-        Requesting the next job finishes the current one. If that one's lease has ended, and another worker has the job,
-        the loop logs a warning, and continues with the next job, because a slow job must not stop one worker after
-        another. To handle that differently, finish the job yourself by `done` or `with job:`, which raise JobLost.
+        Requesting the next job finishes the current one. If its lease has ended and another worker has it, the loop
+        logs a warning and continues with the next job, because a slow job must not stop one worker after another. To
+        handle that differently, finish the job yourself with `done` or `with job:`, which raise JobLost.
 
         If the loop is left by `break` or an exception, the job is given back once Python deletes the iterator; if a
-        variable refers to it, call its `close()`, or the client's. Up to `prefetch` jobs are taken at once. The leases
+        variable refers to it, call its `close()` or the client's. Up to `prefetch` jobs are taken at once. The leases
         of waiting jobs are extended when their turn comes, and jobs lost meanwhile are skipped.
         """
         return _Work(self, topic, group, timeout, lease, prefetch)
@@ -75,7 +75,7 @@ class Worker(Client):
         call.accept(jobs_of(self._session).leases)
 
     def _leave(self, receipts: list[Receipt], finished: Job | None = None) -> None:
-        """Give back jobs, and finish one, if the server answers now. Otherwise, their leases will end."""
+        """Give back jobs and finish one, if the server answers now. Otherwise, their leases will end."""
         with suppress(DSMQError, OSError):
             for call in jobs.leave(jobs_of(self._session).leases, receipts, finished):
                 self._run(call, retries=Retries(0.0))
@@ -99,7 +99,7 @@ class _Work(jobs.Work, Iterator[Job]):
         raise StopIteration
 
     def close(self) -> None:
-        """Give back the caller's job, and those taken in advance."""
+        """Give back the caller's job and those taken in advance."""
         self._mq._leave(*self.left())  # noqa: SLF001
 
     def __del__(self) -> None:

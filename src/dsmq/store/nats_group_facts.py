@@ -117,7 +117,7 @@ class GroupFacts:
         except (Refused, JobLost) as refused:
             error = refused
         except Exception:
-            error = StoreFailed("a defect in the server; see its log")
+            error = StoreFailed("a bug in the server; see its log")
             raise
         finally:
             self._finish(name, error)
