@@ -54,7 +54,7 @@ def parse_format(text: str) -> Format:
 
 
 def print_messages(messages: Iterable[Message], parts: Format, end: str = "\n") -> None:
-    """Print messages. On a terminal, control characters in them are escaped."""
+    """Print messages. On a terminal, escape their control characters."""
     if sys.stdout.isatty():
         for message in messages:
             values = (part if isinstance(part, str) else _shown(part(message)) for part in parts)

@@ -92,7 +92,7 @@ def _add_options(command: str, parser: Parser) -> None:
 
 def _add_put_options(parser: Parser) -> None:
     add = parser.add_argument
-    about = "put FILE as one message; -: all of stdin"
+    about = "put FILE, or with - all of stdin, as one message"
     add("--file", type=file, metavar="FILE", help=about)
     add("--print-id", action="store_true", help="print the id of each message")
 
@@ -111,7 +111,7 @@ def _add_get_options(parser: Parser) -> None:
     )
     add("--follow", action="store_true", help="keep printing messages as they arrive")
     add = parser.add_mutually_exclusive_group().add_argument
-    about = "start after this id or position; 0: with the oldest stored message; default: after the newest"
+    about = "start after this id or position (0: with the oldest stored message); default: after the newest"
     add("--after", type=position, metavar="POSITION", help=about)
     add("--last", type=count, metavar="N", help="start with the last N messages")
     about = "start with the messages put in the last TIME, such as 30s, 5m or 2h"
@@ -121,7 +121,7 @@ def _add_get_options(parser: Parser) -> None:
     add("--format", type=formats.parse_format, metavar="FORMAT", help=formats.HELP)
     about = "print JSON lines with topic, id, number, put_at, position and message"
     add("--json", action="store_true", help=about)
-    about = "write one message to FILE, unchanged, replacing FILE atomically; -: to stdout"
+    about = "write one message, unchanged, to FILE, replacing FILE atomically, or with - to stdout"
     add("--output", type=file, metavar="FILE", help=about)
     add = parser.add_argument
     about = (

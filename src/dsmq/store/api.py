@@ -144,7 +144,7 @@ class EngineStats(NamedTuple):
     node: str
     """The node that the store is connected to; empty if there is none."""
     ready: bool
-    """Whether the mirror has reached the engine's last message as of the start."""
+    """Whether the mirror has everything that the engine had at the start."""
     lag_messages: int
     """Messages in the engine that the mirror does not have yet."""
     lag_seconds: float
@@ -188,7 +188,7 @@ class Limits(NamedTuple):
     max_stored_messages_per_topic: int = sys.maxsize
     max_stored_bytes_per_topic: int = sys.maxsize
     when_full: str = "refuse"
-    """With DROP_OLDEST, a put deletes the oldest messages of its own topic until it fits."""
+    """With DROP_OLDEST, a put deletes the oldest messages of its topic until it fits."""
     topic: tuple[TopicRule, ...] = ()
     """Rules for some topics; the first one that matches applies."""
 

@@ -168,7 +168,6 @@ class Group:
         return None
 
     def give(self, job: HeldJob, until: int, now: int, token: bytes, worker: str) -> None:
-        """Give a job to a worker."""
         self._forget_token(job)
         job.attempt += 1
         job.is_held, job.since, job.worker, job.token = True, now, worker, token

@@ -55,7 +55,7 @@ class Lag:
 
     def __init__(self) -> None:
         self._stream_id = self._mirrored_id = 0
-        # When the mirror was last complete. Once it has the id in `_next`, it is complete as of the time in it.
+        # When the mirror was last complete. Once it has the id in `_next`, it is complete as of the time there.
         self._complete_at = boot_time()
         self._next: tuple[int, float] | None = None
 

@@ -22,7 +22,7 @@ from dsmq.store.nats_requests import Ack, Requests
 if TYPE_CHECKING:
     from dsmq.store.nats_index import ReadIndex
 
-# A batch is stored atomically, with one acknowledgement. Puts that arrive meanwhile form the next one.
+# A batch is stored atomically, with one acknowledgement. Puts that arrive in the meantime form the next one.
 BATCH_MESSAGES, BATCH_BYTES = 500, 524_288
 # How long to wait for an answer before the puts are sent again, under the same ids, and how long to keep trying.
 ATTEMPT_SECONDS, PUT_SECONDS = 1.0, 20.0

@@ -55,7 +55,7 @@ class StreamRules:
         return own if own != (self.fact or NO_RULES) and (self.is_unwritten or is_missing) else None
 
     def apply(self, store: MirrorStore, fact: bytes, milliseconds: int) -> Iterator[int]:
-        """Apply the stream's rules as of this long ago, in slices. Raises ValueError."""
+        """Apply the stream's rules, written this long ago, in slices. Raises ValueError."""
         decode_rules(fact, self.own)
         # Messages that had expired by then stay expired.
         yield from store.expire_as_of(milliseconds)

@@ -72,7 +72,7 @@ class Topic:
         return max(0, missed)
 
     def renumber(self, shift: int) -> None:
-        """Add to the numbers of all messages."""
+        """Shift the numbers of all messages."""
         self.last_number += shift
         self.deleted += shift
         self.read_number += shift if self.read_number else 0
