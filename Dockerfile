@@ -3,7 +3,7 @@ ARG PYTHON=3.13
 
 FROM python:${PYTHON}-slim AS build
 WORKDIR /source
-# Build tools and dependencies are both locked by hash, and are installed in separate environments, so that neither pip
+# Build tools and dependencies are both locked by hash and are installed in separate environments, so that neither pip
 # nor the build tools end up in the image.
 COPY deploy/docker/build-requirements.txt deploy/docker/requirements.txt ./
 RUN python -m venv /build \

@@ -81,7 +81,7 @@ GROUPS = {
 
 
 class Scheduler(LoadScopeScheduling):
-    """Sends each group of tests to one process, and other tests to any."""
+    """Sends each group of tests to one process and other tests to any."""
 
     def _split_scope(self, nodeid: str) -> str:
         return next((group for path, group in GROUPS.items() if nodeid.startswith(path)), nodeid)
@@ -306,7 +306,7 @@ def client_clock(monkeypatch: pytest.MonkeyPatch) -> ClientClock:
 
 @pytest.fixture
 def retry_schedule(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A function that sets the retry schedule of dsmq 1.4: a number of tries, and the first delay."""
+    """A function that sets the retry schedule of dsmq 1.4: a number of tries and the first delay."""
 
     def schedule(tries: int, first: float = 0.01, name: str = "_n_tries") -> None:
         monkeypatch.setattr(dsmq.client, name, tries)

@@ -25,7 +25,7 @@ PORTS_TRIED = 5
 
 
 def binary() -> str:
-    """Return the path of nats-server, or skip the test."""
+    """Return the path of nats-server or skip the test."""
     try:
         return find_nats_server()
     except StartupError as error:
@@ -179,7 +179,7 @@ class LocalEngine(Engine):
         raise RuntimeError(f"nats-server does not start: {self.nodes[0].log.read_text()[-2000:]}")
 
     def cut_off(self, node: Node, *, on: bool) -> None:
-        """Cut a node off from all others, or connect it again."""
+        """Cut a node off from all others or connect it again."""
         number = self.nodes.index(node)
         for pair, link in self._links.items():
             if number in pair:

@@ -18,7 +18,7 @@ NETWORK = "192.0.2"
 
 
 class Host:
-    """A host with an address, and a link to the switch that can be cut."""
+    """A host with an address and a link to the switch that can be cut."""
 
     def __init__(self, ip: str, switch: str, number: int) -> None:
         self.address = f"{NETWORK}.{number}"
@@ -50,7 +50,7 @@ class Host:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Run this thread, and those that it starts, on the host."""
+        """Run this thread and those that it starts on the host."""
         with network(Path("/run/netns", self.name)):
             yield
 
@@ -78,7 +78,7 @@ def hosts(count: int) -> Iterator[list[Host]]:
 
 @contextmanager
 def network(namespace: Path) -> Iterator[None]:
-    """Run this thread, and those that it starts, in a network namespace."""
+    """Run this thread and those that it starts in a network namespace."""
     with namespace.open() as its, Path("/proc/thread-self/ns/net").open() as ours:
         _enter(its.fileno())
         try:

@@ -57,7 +57,7 @@ class Nodes:
 
 
 class Streams:
-    """Gives each server a stream of its own, and removes them."""
+    """Gives each server a stream of its own and removes them."""
 
     def __init__(self, ports: Sequence[int]) -> None:
         self.ports = list(ports)

@@ -64,7 +64,7 @@ def _replace(pid: int, seconds: int) -> None:
 
 
 def _attend(pid: int, seconds: int, ready: int) -> None:
-    """Wait until a process begins a command, and change its clock."""
+    """Wait until a process begins a command and change its clock."""
     _ptrace(SEIZE, pid, TRACE_EXEC)
     os.write(ready, b"!")
     while (status := os.waitpid(pid, WALL)[1]) >> 16 != EVENT_EXEC:

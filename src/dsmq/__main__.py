@@ -13,8 +13,8 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-# Other modules are imported in functions, so that each command loads only what it needs, and Ctrl-C is handled
-# meanwhile.
+# Other modules are imported in functions, so that each command loads only what it needs, and Ctrl-C is handled while it
+# loads.
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -90,7 +90,7 @@ def _early_signals() -> None:
     # As the first process of a container, it would ignore signals that it has no handler for. The handlers raise no
     # SystemExit, which Python would discard in the middle of a weakref callback or `__del__`.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(OK))
-    # Windows has no SIGHUP. If nohup ignores it, leave that alone, because the server checks for it later.
+    # Windows has no SIGHUP. If nohup has set it to be ignored, keep that, because the server checks for it later.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         had_terminal = has_terminal()
         # A reload request is ignored while the configuration is being loaded for the first time.

@@ -146,7 +146,7 @@ class Cluster:
 
 
 class Traffic:
-    """A client that puts and one that gets each message from another server."""
+    """A client that puts, and one that gets each message from another server."""
 
     def __init__(self, cluster: Cluster, stack: ExitStack) -> None:
         """Start the servers and connect."""

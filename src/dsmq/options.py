@@ -94,7 +94,7 @@ class ServerOptions(ServeOptions, total=False):
 
 
 def list_options(function: F) -> F:
-    """Replace **options by one parameter per setting in the signature that help() and editors show."""
+    """Replace **options with one parameter per setting in the signature that help() and editors show."""
     signature = inspect.signature(function)
     *parameters, _ = signature.parameters.values()
     taken = [parameter.name for parameter in parameters]

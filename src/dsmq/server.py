@@ -123,7 +123,7 @@ class Server:
         self._load = load
         self._systemd = systemd or Systemd()
         self._store = own_store or new_store(settings)
-        # Reasons to stop; None asks for a reload.
+        # Reasons to stop; None requests a reload.
         self._commands: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.status: Status
         info = lambda: self.status.info()  # noqa: E731, PLW0108 - it is made below
@@ -186,7 +186,7 @@ class Server:
             if not self._http_endpoints:
                 self._listen_for_http()
             if self._snapshotter:
-                # Clients that connect meanwhile wait in the listen queue.
+                # Until then, new clients wait in the listen queue.
                 self._snapshotter.open()
             self._start_threads()
             undo.pop_all()

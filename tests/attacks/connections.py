@@ -105,7 +105,7 @@ def _pour(port: int, size: int, kind: tuple[bytes, bytes], sent: list[int], at: 
 
 
 def unauthenticated_requests(trial: Trial) -> None:
-    """Unauthenticated clients send PING or unknown commands, and read no replies."""
+    """Unauthenticated clients send PING or unknown commands and read no replies."""
     count, timeout = trial.size(500, 50), trial.size(4, 1)
     needs_files(count + 500)
     with victim(trial, auth_token=TOKEN, auth_timeout_seconds=timeout) as on:
@@ -338,7 +338,7 @@ def faulty(*words: str) -> list[str]:
 
 
 def _exhaust(trial: Trial, daemon: Daemon, when: str, *, pending_scrape: bool = False) -> None:
-    # Connections that are not accepted at once stay in the backlog.
+    # Connections that are not accepted immediately stay in the backlog.
     opened = [dial(daemon.port) for _ in range(400)]
     if pending_scrape:
         opened.append(dial(daemon.http_port))

@@ -58,7 +58,7 @@ def threads() -> None:
 
 
 def clock() -> None:
-    """Set the wall clock forward by a day, and back."""
+    """Set the wall clock forward by a day and back."""
     now, now_ns = time.time, time.time_ns
     shift = 0
 

@@ -1,4 +1,4 @@
-"""Malformed requests: mutations of valid ones, and patterns known to have broken servers.
+"""Malformed requests: mutations of valid ones and patterns known to have broken servers.
 
 `python -m attacks.malformed RUNS`, in tests/, searches for more with atheris, guided by coverage.
 """
@@ -268,7 +268,7 @@ def to_parser(count: int, seed: int) -> tuple[Counter[str], list[bytes], int]:
 
 
 def to_server(port: int, count: int, seed: int) -> tuple[Counter[str], list[bytes]]:
-    """Send `count` requests, each on its own connection; return the replies, and the requests that hang."""
+    """Send `count` requests, each on its own connection; return the replies and the requests that hang."""
     rng = Random(seed)
     outcomes: Counter[str] = Counter()
     hung: list[bytes] = []
@@ -381,7 +381,7 @@ def guided(trial: Trial, runs: int) -> None:
 
 
 def fuzz(runs: int) -> None:
-    """Use atheris to search for bytes on which the parser fails, or that it parses differently in pieces."""
+    """Use atheris to search for bytes on which the parser fails or that it parses differently in pieces."""
     import atheris
 
     def check(data: bytes) -> None:

@@ -44,7 +44,7 @@ class Row:
 
 @dataclass
 class Trial:
-    """A run of one attack, and its results."""
+    """A run of one attack and its results."""
 
     name: str
     quick: bool
@@ -166,7 +166,7 @@ class Victim:
 def victim(
     trial: Trial, *words: str, popen: dict[str, Any] | None = None, ca_file: str = "", **settings: object
 ) -> Iterator[Victim]:
-    """Run a server that is scraped continuously. After the attack, it must serve without defects, and stop."""
+    """Run a server that is scraped continuously. After the attack, it must serve without errors, and stop."""
     progress(f"{trial.name}: starting")
     with ExitStack() as stack:
         daemon = Daemon(**({"command": words} if words else {}), popen=popen, ca_file=ca_file, **settings)
@@ -212,7 +212,7 @@ def serve_time(daemon: Daemon) -> float:
 
 
 class Bystander:
-    """A client in its own process that puts and gets continuously, and measures the latency."""
+    """A client in its own process that puts and gets continuously and measures the latency."""
 
     def __init__(self, stack: ExitStack, daemon: Daemon) -> None:
         self._process = stack.enter_context(

@@ -50,7 +50,7 @@ def run(name: str, *, quick: bool = False) -> Trial:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {' '.join(ATTACKS)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"attacks, by default all: {' '.join(ATTACKS)}")
     parser.add_argument("--quick", action="store_true", help="a few seconds each, without checking latencies")
     options = parser.parse_args()
     if unknown := set(options.names).difference(ATTACKS):

@@ -27,7 +27,7 @@ OVERHEAD_RATIO, OVERHEAD_BYTES = 0.35, 12e6
 
 @dataclass
 class Writer:
-    """Puts continuously, and records the results."""
+    """Puts continuously and records the results."""
 
     daemon: Daemon
     topic: str
@@ -120,7 +120,7 @@ def clients(
 
 
 def judge(trial: Trial, writers: list[Writer], reader: Reader) -> None:
-    """Check that exactly the accepted messages have been read, or counted as missed."""
+    """Check that exactly the accepted messages have been read or counted as missed."""
     stored = {number: body for writer in writers for number, body in writer.stored.items()}
     lost = len(stored.keys() - reader.found.keys())
     strange = len(reader.found.keys() - stored.keys())

@@ -14,7 +14,7 @@ import trustme
 
 from conftest import SOON, Wire, daemon, loop_of, wait_until, wire_to
 from dsmq import settings as config
-from dsmq.broker.connection import Connection
+from dsmq.broker.reads import Reads
 from dsmq.client import connect
 from dsmq.server import Server
 from dsmq.wire.resp import encode_request
@@ -90,7 +90,7 @@ def test_reload_closes_all_connections_no_longer_admitted(files: Files, caplog: 
         assert wire.receive() is None
         assert wire.ended()
         connect(port=server.port, ca_file=files.ca).close()
-        # A defect changes nothing, either.
+        # An unexpected exception changes nothing, either.
         settings["defect"] = True
         server.reload()
         assert "ZeroDivisionError" in caplog.text
@@ -142,8 +142,8 @@ def test_failing_connection_does_not_affect_others_on_reload(token_file: Path, m
     with Server(load(), load=load) as server, wire_as(server, READER) as first, wire_as(server, READER) as second:
         first.ask_for_notices()
         second.ask_for_notices()
-        broken, settled = next(iter(loop_of(server).connections)), Connection.commit_puts
-        monkeypatch.setattr(Connection, "commit_puts", lambda one: 1 / 0 if one is broken else settled(one))
+        broken, stop = next(iter(loop_of(server).connections)).reads, Reads.stop_waiting
+        monkeypatch.setattr(Reads, "stop_waiting", lambda one, **how: 1 / 0 if one is broken else stop(one, **how))
         token_file.write_text(ADMIN)
         server.reload()
         assert second.receive().code == "NOAUTH"  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Malformed input on real sockets closes at most its own connection, and leaks no memory."""
+"""Malformed input on real sockets closes at most its own connection and leaks no memory."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from security import READER, WRITER, wire_as
 
 @pytest.fixture(autouse=True)
 def all_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Describe groups however long that takes on a busy machine."""
+    """Describe all groups, however long that takes on a busy machine."""
     monkeypatch.setattr("dsmq.store.group_figures._FIRST_SECONDS", SOON)
 
 

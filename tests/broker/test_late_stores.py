@@ -1,4 +1,4 @@
-"""Stores that answer later, or fail."""
+"""Stores that answer later or fail."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dsmq.store.api import Found, ManyTopics, Message, Outcome, Put
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.resp import encode_request
 
-# An asynchronous store, and a failing one
+# An asynchronous store and a failing one
 
 
 class LaterStore(SQLiteStore):
@@ -103,7 +103,7 @@ def test_unanswered_read_gets_error_at_stop() -> None:
 
 
 class SlowStart(SQLiteStore):
-    """Finds the last messages when the test tells it to, and answers reads afterwards."""
+    """Finds the last messages when the test tells it to and answers reads afterwards."""
 
     def __init__(self) -> None:
         super().__init__(600_000)
@@ -125,7 +125,7 @@ def test_start_found_twice_begins_only_one_read() -> None:
     with serving(store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
         assert wire.call("PUT", "t", "x") == 1
         wire.send(encode_request(*b"MREAD LAST 1 WAIT 1 TOPICS t*".split()))
-        # It is asked once at first, and again at the end of the wait.
+        # It is asked once at first and again at the end of the wait.
         wait_until(lambda: len(store.starts) == 2)
         store.starts[0].set_result((0, 0))
         wait_until(lambda: len(store.fetched) == 1)
@@ -145,7 +145,7 @@ def test_asynchronous_store_answers_transaction() -> None:
 
 
 class PickyStore(SQLiteStore):
-    """Refuses a message at once, and answers other puts when the test sets their results."""
+    """Refuses a message immediately and answers other puts when the test sets their results."""
 
     def __init__(self) -> None:
         super().__init__(600_000)
@@ -185,7 +185,7 @@ def test_requests_after_put_with_unknown_outcome_are_not_run() -> None:
 
 
 class LimitedStore(SQLiteStore):
-    """Refuses several puts at once, and answers single ones when the test sets their results."""
+    """Refuses several puts together and answers single ones when the test sets their results."""
 
     def __init__(self) -> None:
         super().__init__(600_000)
@@ -233,7 +233,7 @@ def test_wait_ends_with_message_found_by_late_store() -> None:
         wire.send(encode_request(b"GETWAIT", b"t", b"%d" % round(UNIT * 1000)))
         wait_until(lambda: len(store.reads) == 1)
         store.reads[0].set_result([])
-        # It is asked once after the reader has registered for new messages, and again at the end of the wait.
+        # It is asked once after the reader has registered for new messages and again at the end of the wait.
         wait_until(lambda: len(store.reads) == 2)
         store.reads[1].set_result([])
         wait_until(lambda: len(store.reads) == 3)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import pytest
 from limiting import patient, wait_for_connections
@@ -266,22 +267,21 @@ def test_waiting_readers_over_limit_get_an_error() -> None:
 # Pipelines
 
 
-AroundTurns = Callable[[Callable[[], AbstractContextManager[None]]], None]
+class Turns:
+    """An epoll object that runs each turn of an event loop inside a context manager."""
 
+    def __init__(self, loop: EventLoop, context: Callable[[], AbstractContextManager[None]]) -> None:
+        self._epoll, self._context, self._turn = loop._poller._epoll, context, ExitStack()
+        loop._poller._epoll = self
 
-@pytest.fixture
-def around_turns(monkeypatch: pytest.MonkeyPatch) -> AroundTurns:
-    """A function that makes each turn of an event loop run inside a context manager."""
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._epoll, name)
 
-    def around_turns(context: Callable[[], AbstractContextManager[None]]) -> None:
-        def turn(loop: EventLoop) -> None:
-            with context():
-                real(loop)
-
-        monkeypatch.setattr(EventLoop, "_turn", turn)
-
-    real = EventLoop._turn
-    return around_turns
+    def poll(self, seconds: float) -> list[tuple[int, int]]:
+        self._turn.close()
+        ready = self._epoll.poll(seconds)
+        self._turn.enter_context(self._context())
+        return ready
 
 
 @pytest.fixture
@@ -321,7 +321,7 @@ def test_many_clients_get_one_reply_each_before_any_gets_two() -> None:
 
 
 @pytest.mark.usefixtures("short_turns")
-def test_new_request_overtakes_pipelines_of_others(around_turns: AroundTurns) -> None:
+def test_new_request_overtakes_pipelines_of_others() -> None:
     with serving() as server, wire_to(server) as modest, ExitStack() as stack:
         crowd = [stack.enter_context(wire_to(server)) for _ in range(20)]
         wait_until(lambda: server.status.connections() == 21)
@@ -341,10 +341,10 @@ def test_new_request_overtakes_pipelines_of_others(around_turns: AroundTurns) ->
         with blocked(server):
             for greedy in crowd:
                 greedy.send(encode_request(b"PUT", b"t", b"x") * 1000)
-            around_turns(arrive_later)
+            Turns(loop, arrive_later)
         place = modest.receive()
         assert isinstance(place, int)
-        # Another connection runs a batch, or one request, in between.
+        # Another connection runs a batch or one request in between.
         assert before[0] < place <= before[0] + 100
 
 
@@ -395,7 +395,7 @@ def test_rejected_client_may_send_only_a_little_more(last: bytes) -> None:
         wire.send(last)
         while wire.socket.recv(1000):
             pass
-        # If the server closed at once, the connection would be reset, and the client might lose the reply.
+        # If the server closed immediately, the connection would be reset, and the client might lose the reply.
         for _ in range(2):
             wire.send(b"x" * (MAX_DISCARDED_BYTES // 2))
             assert other.call("PING") == "PONG"
@@ -506,7 +506,7 @@ def test_log_of_flood_is_short_and_reports_suppressed_lines() -> None:
 
 
 @pytest.mark.usefixtures("short_turns")
-def test_many_waiters_are_woken_over_several_turns(around_turns: AroundTurns) -> None:
+def test_many_waiters_are_woken_over_several_turns() -> None:
     with serving() as server, wire_to(server) as writer, ExitStack() as stack:
         waiting = [stack.enter_context(wire_to(server)) for _ in range(30)]
         for wire in waiting:
@@ -520,7 +520,7 @@ def test_many_waiters_are_woken_over_several_turns(around_turns: AroundTurns) ->
             yield
             woken.append(before - server.status.waiting())
 
-        around_turns(counted)
+        Turns(loop_of(server), counted)
         assert writer.call("PUT", "t", "x") == 1
         assert [wire.receive() for wire in waiting] == [b"x"] * 30
         assert max(woken) <= 4, woken
@@ -538,7 +538,7 @@ def test_readers_at_the_same_position_share_a_reply(monkeypatch: pytest.MonkeyPa
         options = [[], [], [], [], ["COUNT", 1], ["LATEST"]]
         for topic, reader, at, words in zip("uuttuu", readers, after, options, strict=True):
             reader.send(encode_request(*[str(word).encode() for word in ("READ", topic, at, "WAIT", 60_000, *words)]))
-        # The first reader has its message at once.
+        # The first reader has its message immediately.
         assert readers[0].receive()[3] == b"a" * size
         wait_until(lambda: server.status.waiting() == 5)
         made.clear()
@@ -590,7 +590,7 @@ def no_collection() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("name", HEAVY)
-def test_event_loop_turn_is_bounded_by_time(name: str, around_turns: AroundTurns) -> None:
+def test_event_loop_turn_is_bounded_by_time(name: str) -> None:
     with serving() as server, wire_to(server) as greedy:
         greedy.send(b"".join(encode_request(b"PUT", b"topic%d" % number, b"x") for number in range(1000)))
         for _ in range(1000):
@@ -603,7 +603,7 @@ def test_event_loop_turn_is_bounded_by_time(name: str, around_turns: AroundTurns
             yield
             seconds.append(time.thread_time() - began)
 
-        around_turns(timed)
+        Turns(loop_of(server), timed)
         # A single turn may be long because other processes used the processor.
         assert statistics.median(longest_turn(server, greedy, *HEAVY[name], seconds) for _ in range(5)) < 0.02
 

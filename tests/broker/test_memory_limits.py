@@ -145,7 +145,7 @@ def test_messages_of_several_topics_are_not_lost_while_the_reply_waits_for_memor
 @pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize(("lease_ms", "attempt"), [("60000", 1), ("1", 2)])
 def test_job_is_taken_once_while_the_reply_waits_for_memory(lease_ms: str, attempt: int) -> None:
-    """Unless its lease ends meanwhile."""
+    """Unless its lease ends first."""
     with serving() as server, wire_to(server) as worker, wire_to(server) as writer:
         for _ in range(2):
             writer.call("PUT", "t", "x" * 900_000)

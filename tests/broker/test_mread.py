@@ -35,11 +35,11 @@ def send(wire: Wire, text: str) -> None:
 
 @pytest.fixture(params=[0.0, 1.0], ids=["many slices", "one slice"])
 def filled(request: pytest.FixtureRequest, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> Wire:
-    """Three messages in two topics, and one in another."""
+    """Three messages in two topics and one in another."""
     monkeypatch.setattr(scan, "SCAN_SECONDS", request.param)
     for topic, body in (("a/1", "x"), ("b", "y"), ("a/2", "z"), ("c", "w")):
         wire.call("PUT", topic, body)
-    # A store that copies messages with a delay now has the last one, and thus all of them.
+    # A store that copies messages with a delay now has the last one and thus all of them.
     assert wire.call("READ", "c", 0)
     return wire
 
@@ -72,7 +72,7 @@ def test_reply_has_position_and_six_values_per_message(filled: Wire) -> None:
 def test_options(filled: Wire, request_: str, position: int, expected: list[bytes]) -> None:
     reply = filled.call("MREAD", *request_.split())
     assert isinstance(reply, list)
-    # The id of the reply's last message, or the last id.
+    # The id of the reply's last message or the last id.
     assert reply[0] in (position, reply[-5] if expected else position)
     assert bodies(reply) == expected
 

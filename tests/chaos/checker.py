@@ -21,7 +21,7 @@ AGE_SLACK_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Violation:
-    """A broken promise, and the events that prove it."""
+    """A broken promise and the events that prove it."""
 
     kind: str
     what: str
@@ -33,7 +33,7 @@ class Violation:
 
 @dataclass(frozen=True)
 class Loss:
-    """Ids lost with a server: all of its epoch, or those after the restored snapshot."""
+    """Ids lost with a server: all of its epoch or those after the restored snapshot."""
 
     server: Server
     first_id: int

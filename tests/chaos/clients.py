@@ -192,7 +192,7 @@ class Writer:
 
 @dataclass
 class Reading:
-    """Reads topics with all methods, and records the messages."""
+    """Reads topics with all methods and records the messages."""
 
     job: Job
     history: History

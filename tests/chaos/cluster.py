@@ -164,7 +164,7 @@ class Cluster:
             await client.close()
 
     def cut_off(self, number: int, *, on: bool) -> None:
-        """Cut a server off from all nodes, or reconnect it."""
+        """Cut a server off from all nodes or reconnect it."""
         for proxy in self.proxies[number]:
             if on:
                 proxy.hole(True)

@@ -44,7 +44,7 @@ def shared_calm(stage: Stage) -> None:
 
 
 def leader_killed(stage: Stage) -> None:
-    """The stream's leader is killed, and started again."""
+    """The stream's leader is killed and started again."""
     cluster = stage.cluster()
     with crowd(stage, cluster):
         for _ in range(stage.size(3, 1)):
@@ -53,7 +53,7 @@ def leader_killed(stage: Stage) -> None:
 
 
 def follower_killed(stage: Stage) -> None:
-    """A node that does not lead the stream is killed, and started again."""
+    """A node that does not lead the stream is killed and started again."""
     cluster = stage.cluster()
     with crowd(stage, cluster):
         for _ in range(stage.size(3, 1)):
@@ -113,7 +113,7 @@ def quorum_lost(stage: Stage) -> None:
 
 
 def all_nodes_killed(stage: Stage) -> None:
-    """All nodes are killed at once, and started again: what was acknowledged is on their disks."""
+    """All nodes are killed at once and started again: what was acknowledged is on their disks."""
     cluster = stage.cluster()
     stage.read_may_raise = lambda error: ENGINE_SILENT in error
     with crowd(stage, cluster, redis=False):
@@ -180,7 +180,7 @@ def stream_deleted(stage: Stage) -> None:
 
 
 def server_killed(stage: Stage) -> None:
-    """A server is killed, and started again."""
+    """A server is killed and started again."""
     cluster = stage.cluster()
     with crowd(stage, cluster):
         kill_servers(stage, cluster, stage.size(3, 1))
@@ -294,17 +294,17 @@ def shared_expiry(stage: Stage) -> None:
 
 
 def moves(stage: Stage) -> None:
-    """Clients' connections are reset at random bytes, and clients move to other servers, and repeat puts there."""
+    """Clients' connections are reset at random bytes, and clients move to other servers and repeat puts there."""
     _move(stage, stage.cluster())
 
 
 def forgetful_engine(stage: Stage) -> None:
-    """The same with an engine that forgets puts at once, so that the servers' mirrors have to recognise them."""
+    """The same with an engine that forgets puts immediately, so that the servers' mirrors have to recognise them."""
     _move(stage, stage.cluster(**({} if stage.mutant else {"words": FORGETFUL})), seconds=1.5)
 
 
 def _move(stage: Stage, cluster: Cluster, seconds: float = 0.0) -> None:
-    """`seconds`: how late some replies are, and how long clients wait for them."""
+    """`seconds`: how late some replies are and how long clients wait for them."""
     proxies = [stage.proxy(port) for port in cluster.ports]
     job = Job("", 0, pause=0.002, options={"timeout": seconds or 10.0})
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""`dsmq work` as a worker. Its command is this file, and records the job: `commands.py NAME KEY GROUP LOG`."""
+"""`dsmq work` as a worker. Its command is this file, which records the job: `commands.py NAME KEY GROUP LOG`."""
 
 import json
 import os

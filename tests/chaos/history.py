@@ -68,7 +68,7 @@ class Empty(_Read):
 
 @dataclass(frozen=True, slots=True)
 class Broken(_Read):
-    """A read that raised or was interrupted, and may have consumed some messages."""
+    """A read that raised or was interrupted and may have consumed some messages."""
 
     error: str
     may_take: int = 0
@@ -137,7 +137,7 @@ class _Take(_Work):
 
 @dataclass(frozen=True, slots=True)
 class Sent(_Take):
-    """A TAKE, recorded before it is sent, and each time it is sent again."""
+    """A TAKE, recorded before it is sent and each time it is sent again."""
 
     began: float
     lease: float
@@ -172,7 +172,7 @@ class NoJob(_Take):
 
 @dataclass(frozen=True, slots=True)
 class Settled(_Work):
-    """DONE, RETURN or EXTEND: recorded before it is sent, and again with the reply."""
+    """DONE, RETURN or EXTEND: recorded before it is sent and again with the reply."""
 
     verb: str
     id: int

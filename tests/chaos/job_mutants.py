@@ -158,7 +158,7 @@ def answers_refused_plans() -> None:
 
 
 def ignores_versions() -> None:
-    """A job is given again although another server has given it meanwhile."""
+    """A job is given again although another server has already given it."""
     unfit = SharedGroup.unfit
 
     def exists(group: SharedGroup, versions: Iterable[tuple[int, int]]) -> bool:

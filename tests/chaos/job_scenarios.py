@@ -39,7 +39,7 @@ WORKERS = len(SHAPES)
 BRIEF_SECONDS = 0.6
 # Once the faults have ended, workers stop if there was no job for this long, which is far more than the longest lease.
 DRAIN_SECONDS = 8.0
-# A little more than the bytes of HELLO with a worker's request, and of their replies.
+# A little more than the bytes of HELLO with a worker's request and of their replies.
 OFFSETS: tuple[tuple[Side, int], ...] = (("request", 260), ("reply", 600))
 MAX_ATTEMPTS = 3
 MAX_AGE_SECONDS = 2.0
@@ -48,7 +48,7 @@ READ_FIELDS = 5
 
 @contextmanager
 def working(stage: Stage, *ports: int, groups: Sequence[tuple[str, str]] = GROUPS, **about: object) -> Iterator[None]:
-    """Put jobs, and let workers in threads do them. In the end, all must be done.
+    """Put jobs and let workers in threads do them. In the end, all must be done.
 
     If several servers share a store, `ports` are theirs, and clients begin with different ones.
     """
@@ -154,7 +154,7 @@ def workers_in_holes(stage: Stage) -> None:
 
 
 def workers_and_restarts(stage: Stage) -> None:
-    """The server is restarted, and keeps its jobs in a snapshot."""
+    """The server is restarted and keeps its jobs in a snapshot."""
     lives = stage.lives(snapshot=True, changes=("leases_end_soon",))
     with working(stage, lives.port):
         for _ in range(stage.size(2, 1)):
@@ -165,7 +165,7 @@ def workers_and_restarts(stage: Stage) -> None:
 
 
 def workers_and_kills(stage: Stage) -> None:
-    """The server is killed, and writes snapshots at intervals: jobs done since the last one are given again."""
+    """The server writes snapshots at intervals and is killed: jobs done since the last one are given again."""
     lives = stage.lives(snapshot=True, interval=1, changes=("leases_end_soon",))
     stage.may_raise = lambda put: put.may_be_stored
     proxy = stage.proxy(lives.port)

@@ -143,7 +143,7 @@ def answers_early() -> None:
     nats_puts.Publisher._outcomes = guess  # type: ignore[method-assign,assignment]
 
 
-# Defects, and the scenario that must find each.
+# Defects and the scenario that must find each.
 SHARED_MUTANTS = {
     renames_retries: "moves",
     mirrors_forget_keys: "forgetful_engine",

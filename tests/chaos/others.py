@@ -22,7 +22,7 @@ PAUSE_SECONDS = 0.01
 
 
 class Peer:
-    """A redis-py connection that reconnects, and then repeats the request."""
+    """A redis-py connection that reconnects and then repeats the request."""
 
     def __init__(self, ports: Sequence[int], timeout: float) -> None:
         self._ports = itertools.cycle(ports)

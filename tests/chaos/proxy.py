@@ -32,7 +32,7 @@ Side = Literal["request", "reply"]
 class Fault:
     """A fault in a connection after a number of forwarded bytes in one direction; 0: at the first byte.
 
-    `reset` and `close` affect both sides; `end` closes only one direction; in a `hole`, nothing is forwarded any more,
+    `reset` and `close` affect both sides; `end` closes only one direction; in a `hole`, nothing more is forwarded,
     and nothing is closed.
     """
 
@@ -156,7 +156,7 @@ class Proxy:
         self._do(lambda: [self._end(connection, "reset") for connection in list(self._open)])
 
     def disarm(self) -> None:
-        """Cancel all faults, and reset connections in a hole."""
+        """Cancel all faults and reset connections in a hole."""
 
         def change() -> None:
             self.plan = lambda _: ()
@@ -181,7 +181,7 @@ class Proxy:
         self._do(change)
 
     def refuse(self, on: bool) -> None:
-        """Refuse new connections, or accept them again."""
+        """Refuse new connections or accept them again."""
 
         def change() -> None:
             if on and self._listener is not None:
@@ -259,7 +259,7 @@ class Proxy:
                 self._move(connection, ready)
 
     def _accept(self, listener: socket.socket) -> bool:
-        """Accept the next connection, and connect to the server; return whether there was one."""
+        """Accept the next connection and connect to the server; return whether there was one."""
         try:
             client, _ = listener.accept()
         except OSError:

@@ -44,7 +44,7 @@ def hunt(mutants: dict[Callable[[], None], str], seed: int, keep: Path | None) -
 
 
 def show(outcome: Outcome) -> str:
-    """Return the violations, and where the history is kept."""
+    """Return the violations and where the history is kept."""
     lines = [f"{outcome.scenario}, seed {outcome.seed}: {summary(outcome.violations)}; kept in {outcome.kept}"]
     lines += map(str, outcome.violations[:SHOWN])
     return "\n".join(lines)
@@ -96,10 +96,10 @@ def _play(name: str, seed: int, keep: Path | None) -> list[Outcome]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="duration; each scenario runs at least once")
-    parser.add_argument("--seed", type=int, default=1, help="of the first round; each further round adds one")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the first round; each further round adds one")
     parser.add_argument("--store", choices=["sqlite", "nats"], default="sqlite", help="nats: servers that share one")
     names = [*ALL]
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help=f"of: {' '.join(names)}")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help=f"scenarios: {' '.join(names)}")
     parser.add_argument("--figures", action="store_true", help="first measure restarts, resets, the pause and speed")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where to store histories with violations")
     parser.add_argument("--mutants", action="store_true", help="only check that servers with defects are detected")

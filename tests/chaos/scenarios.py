@@ -23,7 +23,7 @@ from chaos.stage import NotHere, Stage, shared_reader
 # After waiting this long for a reply, a client considers the connection lost.
 BRIEF = Job("", 0, options={"timeout": 0.5})
 FAST = Job("", 0, pause=0.002)
-# A little more than the bytes of HELLO with a put or read, and of their replies.
+# A little more than the bytes of HELLO with a put or read and of their replies.
 OFFSETS: tuple[tuple[Side, int], ...] = (("request", 170), ("reply", 560))
 SMALL_FILE_BYTES = 16_384
 FAILED_SNAPSHOT = re.compile(r'^dsmq_snapshots_total{result="failed"} [1-9]', re.MULTILINE)
@@ -146,7 +146,7 @@ def given_up(stage: Stage) -> None:
 
 
 def restarts(stage: Stage) -> None:
-    """The server is restarted, and keeps its messages in a snapshot."""
+    """The server is restarted and keeps its messages in a snapshot."""
     _restart_often(stage, stage.lives(snapshot=True))
 
 
@@ -173,7 +173,7 @@ def kills(stage: Stage) -> None:
 
 
 def kills_with_snapshot(stage: Stage) -> None:
-    """The server is killed, and writes snapshots at intervals: only puts after the last one are lost."""
+    """The server writes snapshots at intervals and is killed: only puts after the last one are lost."""
     _kill(stage, stage.lives(snapshot=True, interval=1))
 
 
@@ -263,7 +263,7 @@ def clock(stage: Stage) -> None:
             stage.pause(0.7, 0.1)
             stage.fault("clock")
             lives.daemon.signal(step)
-        # It is a day ahead when the snapshot is written, and correct when it is loaded.
+        # It is a day ahead when the snapshot is written and correct when it is loaded.
         lives.daemon.signal(signal.SIGUSR1)
         stage.pause(0.5, 0.2)
         lives.restart()

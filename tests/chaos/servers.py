@@ -75,7 +75,7 @@ class Snapshots:
         looked, begun = time.monotonic(), None
         while not self._ended.wait(LOOK_SECONDS):
             now = time.monotonic()
-            # A new snapshot is written to a file next to the old one, and replaces that when complete.
+            # A new snapshot is written to a file next to the old one and replaces it when complete.
             begun = (begun or looked) if self._new.exists() else begun
             if (stamp := self._stamp()) != known:
                 self.kept_until, known, begun = begun or looked, stamp, None

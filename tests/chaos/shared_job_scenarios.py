@@ -51,7 +51,7 @@ def shared_workers(stage: Stage) -> None:
 
 
 def workers_and_servers_killed(stage: Stage) -> None:
-    """A server is killed, and started again."""
+    """A server is killed and started again."""
     cluster = stage.cluster()
     # A request that was sent to the dying server may be in flight.
     with sharing(stage, cluster):
@@ -66,7 +66,7 @@ def workers_and_servers_restarted(stage: Stage) -> None:
 
 
 def workers_and_leaders_killed(stage: Stage) -> None:
-    """The stream's leader is killed, and started again."""
+    """The stream's leader is killed and started again."""
     cluster = stage.cluster()
     with sharing(stage, cluster):
         for _ in range(stage.size(2, 1)):
@@ -87,7 +87,7 @@ def workers_and_nodes_frozen(stage: Stage) -> None:
 
 
 def workers_and_servers_frozen(stage: Stage) -> None:
-    """A server is suspended for longer than leases last, and than workers wait for a reply."""
+    """A server is suspended for longer than leases last and than workers wait for a reply."""
     cluster = stage.cluster()
     with sharing(stage, cluster, timeout=HASTE_SECONDS):
         freeze_servers(stage, cluster)

@@ -67,7 +67,7 @@ def client(proxy: Proxy) -> Iterator[socket.socket]:
 
 
 def receive(client: socket.socket) -> tuple[bytes, str]:
-    """Return all data received, and how the connection ended."""
+    """Return all data received and how the connection ended."""
     got = b""
     try:
         while data := client.recv(100):

@@ -70,7 +70,7 @@ class WorkerJob:
 
 
 class Wire(Peer):
-    """A connection that records when TAKE is sent, and continues with another run of the server."""
+    """A connection that records when TAKE is sent and continues with another run of the server."""
 
     on_send: Callable[[float], object] = staticmethod(lambda _: None)
 
@@ -85,7 +85,7 @@ class Wire(Peer):
 
 
 class Worker:
-    """Takes jobs, and ends them in all possible ways."""
+    """Takes jobs and ends them in all possible ways."""
 
     def __init__(self, job: WorkerJob, log: Callable[[Event], object], calls: Calls | None = None) -> None:
         self.job, self._log, self._calls = job, log, calls or Calls()
@@ -159,7 +159,7 @@ class Worker:
                 self.settle(taken, "done")
 
     def settle(self, taken: Taken, verb: str, seconds: float = 0.0) -> bool:
-        """End a job, or extend its lease; return whether there was a reply."""
+        """End a job or extend its lease; return whether there was a reply."""
         event = Settled(
             *(taken.worker, taken.key, taken.group, verb, taken.id, taken.attempt, taken.body, time.monotonic()),
             seconds=seconds,
@@ -405,7 +405,7 @@ class WorkerOrders:
 def main() -> int:
     values = json.loads(sys.argv[1])
     orders = WorkerOrders(WorkerJob(**values.pop("job")), **values)
-    # Write it at once, because the process may be killed.
+    # Write it immediately, because the process may be killed.
     file = os.open(orders.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     calls = TracedCalls() if orders.job.step else Calls()
     calls.catch_interrupts()

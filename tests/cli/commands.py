@@ -1,4 +1,4 @@
-"""Shared by the tests of the command line: a server, and commands that finish or wait."""
+"""Shared by the tests of the command line: a server and commands that finish or wait."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def started(*arguments: str) -> Iterator[Process]:
 
 @contextmanager
 def waiting(port: int, *arguments: str) -> Iterator[Process]:
-    """Start a command, and wait until it is waiting for a message."""
+    """Start a command and wait until it is waiting for a message."""
     wait_until(lambda: waiters(port) == 0)
     with started(*arguments) as process:
         wait_until(lambda: waiters(port) == 1)
@@ -92,7 +92,7 @@ def result(*arguments: str, stdin: bytes = b"", env: dict[str, str] | None = Non
 
 
 def assert_one_line(done: tuple[int, bytes, bytes], status: int, expected: str) -> None:
-    """Check that a command printed a one-line error, and nothing else."""
+    """Check that a command printed a one-line error and nothing else."""
     returned, out, err = done
     text = err.decode()
     assert text.startswith("dsmq"), text

@@ -23,6 +23,7 @@ from commands import NASTY, address, assert_one_line, mq, on_terminal, result, s
 from conftest import SOON, UNIT, Daemon, daemon, wait_until
 from dsmq import aio
 from dsmq.client import DSMQClientSideConnection
+from dsmq.wire.resp import BUILD
 from helpers import refusing_address
 
 # Fixtures.
@@ -37,7 +38,7 @@ def server() -> Iterator[Daemon]:
 
 
 def values(out: bytes) -> dict[str, str]:
-    return {line.split()[0]: line.split()[1] for line in out.decode().splitlines()}
+    return dict(line.split(maxsplit=1) for line in out.decode().splitlines())
 
 
 def test_stats_describes_a_topic(topic: str, mq: DSMQClientSideConnection) -> None:
@@ -56,7 +57,7 @@ def test_stats_describes_a_topic(topic: str, mq: DSMQClientSideConnection) -> No
 def test_stats_describes_the_server(topic: str, mq: DSMQClientSideConnection) -> None:
     mq.put(topic, "x")
     found = values(result("stats")[1])
-    assert found["dsmq_version"] == "2.0.0"
+    assert (found["dsmq_version"], found["dsmq_build"]) == ("2.0.0", BUILD)
     assert int(found["connected_clients"]) >= 2
     assert int(found["messages"]) >= 1
     assert mq.stats()["epoch"] == found["epoch"] == mq.position(topic).partition(":")[0]
@@ -135,7 +136,7 @@ def test_watch_measures_rates(topic: str, mq: DSMQClientSideConnection) -> None:
 
 @contextmanager
 def screen(rows: int, columns: int, *arguments: str, **env: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """Run a command in a terminal of this size; yield its process, and the other end of the terminal."""
+    """Run a command in a terminal of this size; yield its process and the other end of the terminal."""
     master, slave = os.openpty()
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     # A process gets signals only from its controlling terminal.
@@ -170,7 +171,7 @@ def read_screen(master: int) -> str:
         try:
             found += os.read(master, 65_536)
         except OSError:
-            # There is no more output, or the process has ended.
+            # There is no more output or the process has ended.
             return found.decode(errors="replace")
 
 
@@ -263,7 +264,7 @@ def test_commands_options_and_topics_are_completed(topic: str, mq: DSMQClientSid
 
 @pytest.fixture
 def shell_environment(tmp_path: Path) -> dict[str, str]:
-    """The environment of a shell on a simple terminal. It finds dsmq, and keeps its files in a temporary folder."""
+    """The environment of a shell on a simple terminal. It finds dsmq and keeps its files in a temporary folder."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "TERM": "dumb", "HOME": str(tmp_path)}
 

@@ -30,7 +30,7 @@ from commands import (
 from conftest import ROOT, SOON, Daemon, Wire, daemon, run_dsmq, serving, wait_until, without_privileges
 from dsmq import __version__
 from dsmq.client import DSMQClientSideConnection, connect
-from dsmq.wire.resp import encode_request
+from dsmq.wire.resp import BUILD, encode_request
 
 # Fixtures.
 __all__ = ["address", "mq", "server", "topic"]
@@ -314,7 +314,7 @@ def test_put_resumes_after_server_restart() -> None:
 
 
 def test_version_is_printed() -> None:
-    assert result("--version") == (0, f"dsmq {__version__}\n".encode(), b"")
+    assert result("--version") == (0, f"dsmq {__version__} ({BUILD})\n".encode(), b"")
 
 
 def test_server_options_take_effect() -> None:

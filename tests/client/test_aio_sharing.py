@@ -197,7 +197,7 @@ def test_cancelled_call_keeps_connection(server: Server, states: list[str]) -> N
 def test_call_cancelled_before_sending_is_not_sent(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
         calls = [asyncio.create_task(mq.put("t", str(number))) for number in range(3)]
-        # The first is sent at once, the others at the end of the event loop's iteration.
+        # The first is sent immediately, the others at the end of the event loop's iteration.
         asyncio.get_running_loop().call_soon(calls[1].cancel)
         await asyncio.wait(calls)
         assert [calls[0].result(), calls[1].cancelled(), calls[2].result()] == [1, True, 2]

@@ -1,4 +1,4 @@
-"""The blocking client against a real server: its API, and its errors."""
+"""The blocking client against a real server: its API and its errors."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ def test_put_many_and_get_many(client: MakeClient) -> None:
 def test_put_many_accepts_slow_generator(server: Server) -> None:
     def slowly(release: threading.Event) -> Iterator[str]:
         time.sleep(2 * _LONG_BATCH_SECONDS)
-        # This message is sent at once, but its reply arrives only after the timeout.
+        # This message is sent immediately, but its reply arrives only after the timeout.
         yield "1"
         time.sleep(22 * UNIT)
         threading.Timer(UNIT, release.set).start()
@@ -665,7 +665,7 @@ def test_trickling_reply_extends_timeout(end: bytes) -> None:
 
 @contextmanager
 def fake_server(*replies: bytes) -> Iterator[int]:
-    """A listener that sends a reply after each receive, and then closes the connection."""
+    """A listener that sends a reply after each receive and then closes the connection."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def answer() -> None:

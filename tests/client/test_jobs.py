@@ -773,7 +773,7 @@ def test_cancelled_asyncio_take_leaves_its_job_to_the_next(server: Server, mq: C
 
 
 def test_asyncio_loop_cancelled_after_any_number_of_iterations_loses_no_job(server: Server, mq: Client) -> None:
-    """Each step finishes the previous job, and takes the next one."""
+    """Each step finishes the previous job and takes the next one."""
 
     async def scenario(one: AsyncClient) -> None:
         loop, got = one.work("t", lease=100 * SOON), 0

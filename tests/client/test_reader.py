@@ -159,7 +159,7 @@ def test_latest_is_returned_once() -> None:
     asked = reader.asked_for_latest()
     accept(reader, entries(1, 2))
     assert take(reader) == [1, 2]
-    # Another thread took it meanwhile.
+    # Another thread has taken it.
     assert reader.take_latest([], asked, entries(2), lambda _, found: found.id) == []
 
 
@@ -347,7 +347,7 @@ def test_topic_with_forgotten_numbering_starts_again() -> None:
     accept(reader, [entry(1, 5)])
     assert take(reader) == [1]
     accept(reader, [entry(2, 2), entry(3, 3), entry(4, 5)])
-    # Number 1 before them, and 4.
+    # Numbers 1 and 4 were missed.
     assert (take(reader), reader.missed) == ([2, 3, 4], 2)
 
 

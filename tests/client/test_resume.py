@@ -224,7 +224,7 @@ def close_connections(server: Server) -> None:
 
 
 def hang_up(server: Server) -> None:
-    """Make the server close all connections, and wait until it has."""
+    """Make the server close all connections and wait until it has."""
     close_connections(server)
     wait_until(lambda: server.status.connections() == 0)
 
@@ -372,7 +372,7 @@ def test_shutdown_is_not_retried_if_it_may_have_run(
 
 
 class Impostor:
-    """A server that resets its first client's connection, and has another run id for the next one."""
+    """A server that resets its first client's connection and has another run id for the next one."""
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))

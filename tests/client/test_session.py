@@ -72,7 +72,7 @@ def accept(reader: TopicReader, found: list[Entry]) -> bool:
 
 
 def take(reader: TopicReader, n: int = 100, claim: Claim | None = None) -> list[int]:
-    """Take up to n messages from the read-ahead, and return their ids."""
+    """Take up to n messages from the read-ahead and return their ids."""
     return reader.take([] if claim is None else claim, n, lambda _, found: found.id)
 
 

@@ -15,7 +15,7 @@ TOPICS = ("a", "b", "c")
 
 
 class Peer:
-    """Stores messages of several topics, and answers a reader."""
+    """Stores messages of several topics and answers a reader."""
 
     def __init__(self, clock: ClientClock, run: bytes = b"first") -> None:
         self.clock, self.stored = clock, list[tuple[int, str, int, float]]()
@@ -28,7 +28,7 @@ class Peer:
         self.stored.append((self.last_id, topic, self.numbers[topic], self.clock.boot_time() + lifetime))
 
     def found(self, after: int, count: int) -> tuple[list[Entry], int]:
-        """Return the reply to MREAD: messages, and the position."""
+        """Return the reply to MREAD: messages and the position."""
         now = self.clock.boot_time()
         live = [one for one in self.stored if one[0] > after and one[3] > now]
         found = [Entry(i, 0, expires, b"", now, topic, number) for i, topic, number, expires in live[:count]]

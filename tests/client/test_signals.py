@@ -255,7 +255,7 @@ def test_signal_handler_may_close_client_at_any_line(server: Server, writer: Cli
     assert step > 10
 
 
-# A signal may arrive after a socket has been created, and before anything refers to it.
+# A signal may arrive after a socket has been created and before anything refers to it.
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.parametrize("calls", [False, True], ids=["raises", "calls"])
 def test_real_signals_lose_nothing(server: Server, writer: Client, calls: bool) -> None:

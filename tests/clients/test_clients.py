@@ -103,7 +103,7 @@ def test_valkey_glide_connects() -> None:
 
 def test_library_shutdown_method_works(library: Library) -> None:
     with daemon() as server, library.running(server.port) as program:
-        # ioredis waits until the server is back, and repeats the request.
+        # ioredis waits until the server is back and repeats the request.
         program.tell("shutdown")
         assert server.process.wait(SOON) == 0
 

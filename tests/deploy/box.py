@@ -113,7 +113,7 @@ class Box:
 
     def popen(self, *words: str) -> subprocess.Popen[str]:
         """Start a command in it."""
-        # Pipes, so that a test can read its output, and let it continue with a line of input.
+        # Pipes, so that a test can read its output and let it continue with a line of input.
         return subprocess.Popen([*self._enter, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def try_run(self, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -123,7 +123,7 @@ class Box:
         )
 
     def run(self, *words: str, stdin: str = "") -> str:
-        """Run a command in it, and return its output."""
+        """Run a command in it and return its output."""
         done = self.try_run(*words, stdin=stdin)
         assert done.returncode == 0, f"{' '.join(words)}: status {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout.strip()
@@ -227,7 +227,7 @@ def _nspawn(root: Path, group: Path) -> list[str]:
         # This machine may not run systemd, so the container can't be registered with it.
         *("--register=no", "--keep-unit", "--private-network", "--link-journal=no", "--console=pipe"),
         *("--resolv-conf=off", "--timezone=off"),
-        # Its systemd enforces parts of the sandbox with BPF, and silently skips them if BPF is not available.
+        # Its systemd enforces parts of the sandbox with BPF and silently skips them if BPF is not available.
         *("--capability=CAP_BPF,CAP_NET_ADMIN,CAP_PERFMON", "--system-call-filter=bpf"),
     ]
 
@@ -257,7 +257,7 @@ def _halt(nspawn: subprocess.Popen[bytes], leader: int | None) -> None:
 
 
 if __name__ == "__main__":
-    # The tests handle Ctrl-C, and then close the standard input of this process.
+    # The tests handle Ctrl-C and then close the standard input of this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["SYSTEMD_NSPAWN_UNIFIED_HIERARCHY"] = "1"
     _keep(Path(sys.argv[1]))

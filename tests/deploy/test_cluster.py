@@ -58,7 +58,7 @@ class Cluster(Engine):
     """Three nodes with the shipped configuration."""
 
     def __init__(self, folder: Path, secrets: Path) -> None:
-        # For three nodes, and for some that are added later.
+        # For three nodes and for some that are added later.
         self.ports = free_ports(15)
         super().__init__([adapted(folder / str(at), secrets, self.ports, at) for at in range(3)])
 
@@ -303,7 +303,7 @@ def test_backup_is_restored_as_described(cluster: Cluster, secrets: Path) -> Non
         servers = [Daemon(**options), Daemon(**options | {"port": 0})]
         for one in servers:
             stack.callback(one.close)
-        # The client is notified, and starts again.
+        # The client is notified and starts again.
         assert mq.get_many("greetings", 2000) == [str(number) for number in range(1000)]
         assert "replaced" in states
         mq.put("other", "y")

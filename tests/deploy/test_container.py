@@ -163,7 +163,7 @@ def test_wheel_is_reproducible(wheels: Path, tmp_path: Path) -> None:
         source = tmp_path / name
         copy_context(source)
         for path in source.rglob("*"):
-            # With another date, and other permissions.
+            # With another date and other permissions.
             path.chmod(0o755 if path.is_dir() else 0o644 if number else 0o600)
             set_time(path, 1_700_000_000 + 1000 * number)
         words = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={tmp_path / str(number)}"]
@@ -464,7 +464,7 @@ def test_compose_accepts_shipped_file() -> None:
 
 
 def compose(file: Path = COMPOSE) -> tuple[list[str], str]:
-    """Return the installed command for compose, and its file."""
+    """Return the installed command for compose and its file."""
     text = file.read_text()
     if shutil.which("docker"):
         done = subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=SOON, check=False)

@@ -208,7 +208,7 @@ def drop_in(box: Box, text: str, unit: str = "dsmq.service") -> Iterator[None]:
 
 
 def stop(box: Box) -> None:
-    """Stop the service, and delete its state."""
+    """Stop the service and delete its state."""
     units = " ".join(UNITS)
     # Without reset-failed, the tests would exceed systemd's limit on starts.
     box.shell(
@@ -250,7 +250,7 @@ def beside(box: Box, script: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def answer(process: subprocess.Popen[str]) -> str:
-    """Let such a script continue, and return the next line that it prints."""
+    """Let such a script continue and return the next line that it prints."""
     assert process.stdin
     assert process.stdout
     process.stdin.write("\n")
@@ -293,7 +293,7 @@ class Journal:
 
 
 def wait_for(look: Callable[[], list[str]]) -> list[str]:
-    """Poll until the result is not empty, and return it."""
+    """Poll until the result is not empty and return it."""
     until = time.monotonic() + SOON
     while not (found := look()):
         assert time.monotonic() < until
@@ -551,7 +551,7 @@ def test_token_is_a_credential(box: Box) -> None:
     assert len(right) > 32
     assert ping(box, right) == (0, "")
     assert ping(box, "wrong-token-wrong-token") == (1, "dsmq: invalid token")
-    assert journal.priority(r"client \d+ .*: wrong token") == 4
+    assert journal.priority(r"client \d+ .*: invalid token") == 4
     assert ping(box, "")[0] == 1
     assert box.run("stat", "--format=%a %U", TOKEN) == "600 root"
     user = box.run("stat", "--format=%U", "/var/lib/dsmq/")

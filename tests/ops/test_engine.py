@@ -293,7 +293,7 @@ def test_waiting_for_engine_is_logged_once(tmp_path: Path, caplog: pytest.LogCap
         thread = threading.Thread(target=server.start)
         thread.start()
         try:
-            # All three are tried repeatedly, and fail with different errors.
+            # All three are tried repeatedly and fail with different errors.
             assert reached(lambda: bool(messages(caplog, logging.WARNING, "waiting for a NATS server: ")))
             assert reached(lambda: bool(messages(caplog, logging.INFO, "waiting for the store: ")))
             starting, reason = readyz(server)["reasons"]
@@ -332,7 +332,7 @@ def test_reason_why_the_store_is_not_ready() -> None:
         assert store.unready_reason == "mirroring the stream: 7 messages to go"
         store.mirror.error = EngineError("no suitable peers for placement")
         assert store.unready_reason == "not following the stream: no suitable peers for placement"
-        # It has all messages, and is about to create a new consumer.
+        # It has all messages and is about to create a new consumer.
         store.mirror.ready = True
         assert store.unready_reason == ""
     finally:

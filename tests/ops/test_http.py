@@ -46,7 +46,7 @@ __all__ = ["server"]
 
 
 def hang(server: Server) -> socket.socket:
-    """Connect to the HTTP endpoint, and send nothing."""
+    """Connect to the HTTP endpoint and send nothing."""
     assert server.http_port
     return socket.create_connection(("127.0.0.1", server.http_port), SOON)
 
@@ -344,7 +344,7 @@ def test_head_returns_headers_without_body(server: Server, path: str) -> None:
     assert lines[0].split()[1] == str(get.status)
     assert f"Content-Type: {get.type}" in lines
     assert "Content-Length: " in "".join(lines)
-    # The end of the headers, and nothing after it.
+    # The end of the headers and nothing after it.
     assert lines[-2:] == ["", ""]
     assert int(get.headers["Content-Length"]) == len(get.body) > 0
 
@@ -379,7 +379,7 @@ def test_invalid_http_affects_no_one(server: Server, wire: Wire) -> None:
 
 
 def raw(server: Server, request: bytes) -> bytes:
-    """Send these bytes, and return the reply until the connection is closed."""
+    """Send these bytes and return the reply until the connection is closed."""
     with hang(server) as sock, sock.makefile("rb") as stream:
         sock.sendall(request)
         return stream.read()

@@ -20,7 +20,7 @@ from dsmq import __version__
 from dsmq.broker.counters import Histogram
 from dsmq.ops import metrics
 from dsmq.server import Server
-from dsmq.wire.resp import encode_request
+from dsmq.wire.resp import BUILD, encode_request
 
 # Fixtures.
 __all__ = ["server"]
@@ -231,7 +231,7 @@ def test_known_traffic_gives_exact_numbers(server: Server, wire: Wire) -> None:
         "dsmq_connections_limit": 10_000,
         "dsmq_stored_bytes_limit": 1_073_741_824,
         "dsmq_max_age_seconds": 600,
-        f"dsmq_build_info{{{platform.python_version()}}}{{{sqlite3.sqlite_version}}}{{{__version__}}}": 1,
+        f"dsmq_build_info{{{BUILD}}}{{{platform.python_version()}}}{{{sqlite3.sqlite_version}}}{{{__version__}}}": 1,
     }
     shown = scrape(server)
     assert {name: shown.get(name) for name in expected} == expected

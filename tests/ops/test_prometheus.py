@@ -68,7 +68,7 @@ def serving_from_engine(folder: Path) -> Iterator[Server]:
 
 
 def of_engine(text: str) -> bool:
-    """Return whether a metric, or a query, is about a store in an engine."""
+    """Return whether a metric or a query is about a store in an engine."""
     return re.search(r"dsmq_(engine|mirror)_|operation=\"publish\"", text) is not None
 
 
@@ -218,7 +218,7 @@ def test_alerts_fire_when_they_should_and_not_otherwise() -> None:
 
 @pytest.mark.parametrize("expression", ["up < 0", "up >= 0 or absent(up)"], ids=["never", "always"])
 def test_every_alert_has_a_rule_test(expression: str, tmp_path: Path) -> None:
-    """If alerts never fire, or always fire, the rule tests must fail for each alert."""
+    """If alerts never fire or always fire, the rule tests must fail for each alert."""
     changed, count = re.subn(
         r"(- alert: \w+\n(?: +#[^\n]*\n)* +expr: ).*?(?=\n +(?:for|labels):)",
         rf"\g<1>{expression}",

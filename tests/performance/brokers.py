@@ -134,7 +134,7 @@ class Broker:
 
 
 def find(stack: ExitStack, wanted: list[str], before: str = "") -> list[Broker]:
-    """Start the wanted servers (none given: all), and report those that are not installed.
+    """Start the wanted servers (none given: all) and report those that are not installed.
 
     `before` is the Python of a virtual environment with another commit of dsmq, which is started too.
     """

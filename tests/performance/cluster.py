@@ -195,7 +195,7 @@ def compare(nodes: Engine, rounds: int) -> None:
 
 
 def start_with_held(nodes: Engine, count: int) -> None:
-    """Print the time a server takes to start with this many messages in the stream, and its memory afterwards."""
+    """Print the time a server takes to start with this many messages in the stream and its memory afterwards."""
     options = ("--store", url_of(nodes), "--max-age-seconds", "86400")
     with ExitStack() as stack:
         client = stack.enter_context(connect(port=Broker("dsmq", stack, *options).port))

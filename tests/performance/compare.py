@@ -1,6 +1,6 @@
 """Compare the speed of dsmq with that of its alternatives, as ratios: `python tests/performance/compare.py`.
 
-Starts every installed server on a free port, and runs the same work on each through its usual Python client, in
+Starts every installed server on a free port and runs the same work on each through its usual Python client, in
 interleaved rounds. A figure is the median of the rounds' ratios. Servers that are not installed are skipped and named.
 README.md has the results.
 
@@ -28,7 +28,7 @@ import plots
 from brokers import Broker, median_ratio, progress, say
 
 HERE = Path(__file__).parent
-# Operation: repetitions per round, and label in the table.
+# Operation: repetitions per round and label in the table.
 OPERATIONS = {
     "put": (2000, "put"),
     "get": (2000, "get with a backlog"),
@@ -63,7 +63,7 @@ class Table(NamedTuple):
 
 
 class System:
-    """A broker, and the client process that drives it."""
+    """A broker and the client process that drives it."""
 
     def __init__(self, broker: Broker, stack: ExitStack) -> None:
         self.name, self.port, self.broker = broker.name, broker.port, broker
@@ -111,7 +111,7 @@ def run_operations(systems: list[System], rounds: int, operations: list[str]) ->
 
 
 def run_rates(systems: list[System], rounds: int, requests: int) -> Figures:
-    """Return requests per second of redis-benchmark, and deliveries per second to waiting readers."""
+    """Return requests per second of redis-benchmark and deliveries per second to waiting readers."""
     figures: Figures = {}
     benchmarks = BENCHMARKS if shutil.which("redis-benchmark") else []
     if not benchmarks:
@@ -205,7 +205,7 @@ def lines(table: Table) -> list[str]:
 
 
 def plot(tables: list[Table], title: str, path: Path) -> None:
-    """Draw how many times faster, or smaller, dsmq is than each peer."""
+    """Draw how many times faster or smaller dsmq is than each peer."""
     advantages: dict[str, dict[str, float]] = {}
     for table in tables:
         for row, by_peer in ratios(table.figures).items():

@@ -1,6 +1,6 @@
 """One client of one broker, driven by `compare.py` line by line: `python drivers.py SYSTEM PORT`.
 
-It reads lines `operation count`, and answers each with a line of JSON. Every broker is used through its usual Python
+It reads lines `operation count` and answers each with a line of JSON. Every broker is used through its usual Python
 client, as its users would do, in a process of its own.
 """
 
@@ -57,7 +57,7 @@ class Dsmq:
         return None
 
     def _jobs(self, topic: str) -> Iterator[Any]:
-        """Iterate over jobs, and finish each, until there are none."""
+        """Iterate over jobs, finishing each, until there are none."""
         for job in self.mq.work(topic, timeout=0):
             yield job.text
 
@@ -134,7 +134,7 @@ class Redis:
             self.redis.xreadgroup("workers", "me", {topic: ">"}, count=1000)
 
     def work(self, topic: str, timeout: float = 0.0, on_job: OnJob = int) -> Any:
-        """Take an entry as a consumer of a group, and acknowledge it."""
+        """Take an entry as a consumer of a group and acknowledge it."""
         self.create_group(topic)
         block = round(timeout * 1000) or None
         found: Any = self.redis.xreadgroup("workers", "me", {topic: ">"}, count=1, block=block)
@@ -324,7 +324,7 @@ class Nats:
         self.loop.close()
 
 
-# The requests that put a message, and that wait for one after a position.
+# The requests that put a message and that wait for one after a position.
 FAN_OUT = {
     **dict.fromkeys(
         ("dsmq", "before"),
@@ -338,7 +338,7 @@ FAN_OUT = {
 
 
 def id_in(reply: bytes) -> bytes:
-    """Return the id in the reply to a put: an integer, or a bulk string."""
+    """Return the id in the reply to a put: an integer or a bulk string."""
     return reply.strip().split(b"\r\n")[-1].lstrip(b":")
 
 
@@ -366,7 +366,7 @@ NEEDS = {
 
 
 class Measure:
-    """The operations. Each returns microseconds per operation, or several figures."""
+    """The operations. Each returns microseconds per operation or several figures."""
 
     def __init__(self, system: str, port: int) -> None:
         self.system, self.port = system, port
@@ -412,7 +412,7 @@ class Measure:
         return since(before, count)
 
     def work(self, count: int) -> float:
-        """Take jobs with a backlog, and finish each."""
+        """Take jobs with a backlog and finish each."""
         topic, work = self.topic("work"), self.client.work
         for _ in range(count):
             self.client.put(topic, SHORT)
@@ -426,13 +426,13 @@ class Measure:
         return taken
 
     def jobs(self, topic: str) -> Iterator[Any]:
-        """Iterate over jobs as a worker usually does, and finish each, until there are none."""
+        """Iterate over jobs as a worker usually does, finishing each, until there are none."""
         if hasattr(self.client, "jobs"):
             return self.client.jobs(topic)  # type: ignore[no-any-return]
         return iter(lambda: self.client.work(topic), None)
 
     def work_loop(self, count: int) -> float:
-        """Take jobs with a backlog in a loop, and finish each."""
+        """Take jobs with a backlog in a loop and finish each."""
         topic = self.topic("loop")
         for _ in range(count + 1):
             self.client.put(topic, SHORT)
@@ -445,7 +445,7 @@ class Measure:
         return since(before, count)
 
     def fill_jobs(self, count: int) -> str:
-        """Put jobs, and return their topic."""
+        """Put jobs and return their topic."""
         topic, messages = self.topic("many-jobs"), ["x" * 100] * 1_000
         for _ in range(0, count, len(messages)):
             if hasattr(self.client, "put_many"):
@@ -478,7 +478,7 @@ class Measure:
         return count / (max(float(ended) for _, ended in results) - before)
 
     def worker(self, topic: str, _: str, __: int) -> None:
-        """Do jobs in another process; print their number, and when the last one was done."""
+        """Do jobs in another process; print their number and when the last one was done."""
         print("ready", flush=True)
         sys.stdin.readline()
         done, ended = 0, 0.0
@@ -519,7 +519,7 @@ class Measure:
         return {"p50": statistics.median(taken), "p99": taken[round(len(taken) * 0.99) - 1]}
 
     def answer(self, topic: str, _: str, count: int) -> None:
-        """Take jobs in the other process, and print the time of each."""
+        """Take jobs in the other process and print the time of each."""
         taken: list[float] = []
         for _number in range(count):
             print("ready", flush=True)

@@ -32,7 +32,7 @@ MOST_MESSAGES, MESSAGES = 10_000, 200
 
 
 class Dsmq:
-    """This project: the topics by their names, or a pattern."""
+    """This project: the topics by their names or a pattern."""
 
     server = "dsmq"
     package = "dsmq.client"
@@ -263,8 +263,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--systems", nargs="*", default=list(SYSTEMS), help=", ".join(SYSTEMS))
     parser.add_argument("--readers", nargs="*", type=int, default=[1, 10, 100], help="default: 1 10 100")
-    parser.add_argument("--scale", type=float, default=1.0, help="how many of the usual messages are put")
-    parser.add_argument("--json", action="store_true", help="print all figures, in place of the table")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the usual number of messages")
+    parser.add_argument("--json", action="store_true", help="print all figures instead of the table")
     options = parser.parse_args()
     with ExitStack() as stack:
         wanted = {name: SYSTEMS[name].server for name in options.systems}

@@ -118,7 +118,7 @@ def idle(level: int, rounds: int) -> Result:
 
 
 def connections(port: int, count: int, request: bytes, stack: ExitStack) -> list[socket.socket]:
-    """Open connections, and send a request on each."""
+    """Open connections and send a request on each."""
     opened = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60)) for _ in range(count)]
     for one in opened:
         one.sendall(request)
@@ -126,7 +126,7 @@ def connections(port: int, count: int, request: bytes, stack: ExitStack) -> list
 
 
 def waiting(level: int, rounds: int) -> Result:
-    """Measure others' costs, and the time until all waiting readers have a message."""
+    """Measure others' costs and the time until all waiting readers have a message."""
     request = encode_request(b"GETWAIT", b"waited for", b"60000")
     with servers() as (loaded, empty), ExitStack() as stack:
         readers = connections(loaded.broker.port, level, request, stack)
@@ -382,7 +382,7 @@ def main() -> None:
 
 
 def prepare_files() -> None:
-    """Raise the limit on open files for the idle connections, or reduce their number."""
+    """Raise the limit on open files for the idle connections or reduce their number."""
     # The servers inherit it.
     allow_more_files()
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -18,7 +18,7 @@ from dsmq import bench
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("system", nargs="?", default="dsmq", choices=[name for name, *_ in brokers.KNOWN])
-    parser.add_argument("--count", type=int, default=1000, help="how often each operation is done; default: 1000")
+    parser.add_argument("--count", type=int, default=1000, help="how many times to run each operation; default: 1000")
     options = parser.parse_args()
     with ExitStack() as stack:
         found = brokers.find(stack, [options.system])

@@ -1,4 +1,4 @@
-"""Runs the measurements on a small scale, and checks that they detect failures. Figures are not checked."""
+"""Runs the measurements on a small scale and checks that they detect failures. Figures are not checked."""
 
 from __future__ import annotations
 

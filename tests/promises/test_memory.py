@@ -76,7 +76,7 @@ def push(socks: list[socket.socket], data: bytes, seconds: float) -> int:
 
 
 def serves(process: Daemon) -> None:
-    """Check that short messages are served at once, and a long one as soon as there is room."""
+    """Check that short messages are served immediately, and a long one as soon as there is room."""
     with connect(port=process.port, timeout=SOON) as mq:
         mq.put("short", "x")
         assert mq.get("short") == "x"
@@ -166,5 +166,5 @@ def test_long_messages_reuse_memory_of_expired_short_ones(size: int) -> None:
         wait_until(lambda: mq.topics() == [])
         for _ in range(0, stored * 9 // 10, size):
             mq.put("t", b"y" * size)
-        # The last term is for the program, and for gaps in the heap.
+        # The last term is for the program and for gaps in the heap.
         assert peak_bytes(process) < 1.3 * stored + 150 * MIB

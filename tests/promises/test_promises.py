@@ -22,7 +22,7 @@ Seen = dict[str, list[tuple[int, int, str]]]
 
 
 def write(port: int, writer: int, many: bool) -> None:
-    """Put numbered messages into each topic, and check that the returned ids increase."""
+    """Put numbered messages into each topic and check that the returned ids increase."""
     with connect(port=port) as mq:
         last_id = 0
         for number in range(MESSAGES):

@@ -101,7 +101,7 @@ def test_starting_server_is_waited_for_at_all_addresses(resolve: Resolve) -> Non
 
 @contextmanager
 def front(*replies: bytes) -> Iterator[tuple[int, list[int]]]:
-    """A listener that replies to the first data on each connection, and closes it."""
+    """A listener that replies to the first data on each connection and closes it."""
     listener = socket.create_server(("127.0.0.1", 0))
     accepted: list[int] = []
 
@@ -566,7 +566,7 @@ def test_all_but_one_idle_connection_of_a_burst_are_closed(server: Server, monke
             mq.put_many("t", ["x"] * 20)
             for thread in threads:
                 thread.join(SOON)
-            # No call is made meanwhile.
+            # No call is made in the meantime.
             wait_until(lambda: server.status.connections() == 1)
 
 

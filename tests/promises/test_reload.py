@@ -1,4 +1,4 @@
-"""Reloads: settings that the log reports as changed apply at once, also to existing connections."""
+"""Reloads: settings that the log reports as changed apply immediately, also to existing connections."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Reloading:
 
 @contextmanager
 def reloading(**settings: Any) -> Iterator[tuple[Reloading, Wire]]:
-    """A server, and a connection made before the reload."""
+    """A server and a connection made before the reload."""
     one = Reloading(**settings)
     with one.server, wire_to(one.server) as wire:
         if "auth_token" not in settings:

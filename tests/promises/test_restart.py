@@ -97,7 +97,7 @@ def test_missed_counts_expired_messages_across_every_restart(restarted: Restarte
             mq.ping()
         states.clear()
         restarted.end(kill=how == "killed")
-        # Restored messages expire at once and are deleted.
+        # Restored messages expire immediately and are deleted.
         restarted.start(*options, "--max-age-seconds", str(3 * UNIT), "--expiry-interval-seconds", str(UNIT))
         with connect(restarted.host) as other:
             put(other, "5", "6")
@@ -336,7 +336,7 @@ def test_lowered_max_age_applies_to_read_ahead(reloaded: tuple[Daemon, Path]) ->
         assert mq.get("t") == "0"
         time.sleep(3 * UNIT)
         reload(reloaded, f"max_age_seconds = {2 * UNIT}")
-        # Nothing older than a second is delivered any more.
+        # From now on, nothing older than a second is delivered.
         time.sleep(1.1)
         assert drain(mq) == []
         assert mq.missed == 9

@@ -481,7 +481,7 @@ def test_snapshot_without_groups_is_loaded(store: ClockedStore, tmp_path: Path) 
 
 
 class GroupAndModel(RuleBasedStateMachine):
-    """Takes and settles jobs, and compares the results with a simple model of each message's history."""
+    """Takes and settles jobs and compares the results with a simple model of each message's history."""
 
     @initialize()
     def begin(self) -> None:

@@ -31,7 +31,7 @@ MAX_AGE_MS = 600_000
 
 
 class Stores:
-    """Creates stores on one engine, and closes them."""
+    """Creates stores on one engine and closes them."""
 
     def __init__(self, servers: list[tuple[str, int]], stack: ExitStack) -> None:
         self.servers, self.stack = servers, stack

@@ -20,7 +20,7 @@ USER, PASSWORD = "dsmq", "a-password-for-the-tests"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """Certificates, and the files given in settings."""
+    """Certificates and the files given in settings."""
     folder = tmp_path_factory.mktemp("files")
     files = Files(folder, trustme.CA())
     trustme.CA().cert_pem.write_to_path(str(folder / "other-ca.pem"))
@@ -49,7 +49,7 @@ def settings(node: Engine, files: Files, **others: object) -> dict[str, object]:
 
 
 def failure(**settings: object) -> tuple[int, str]:
-    """Run a server that does not start; return its exit status, and the last line that it prints."""
+    """Run a server that does not start; return its exit status and the last line that it prints."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("DSMQ_")}
     env |= {"DSMQ_PORT": "0", "DSMQ_HTTP_PORT": "off"}
     env |= {f"DSMQ_{name.upper()}": str(value) for name, value in settings.items()}

@@ -25,7 +25,7 @@ from store.test_nats import value
 
 pytestmark = pytest.mark.slow
 
-# Long enough for a busy machine, and much less than the clocks' error.
+# Long enough for a busy machine and much less than the clocks' error.
 MAX_AGE, MARGIN = 30, 10
 SETTINGS = {"store_replicas": 1, "max_age_seconds": MAX_AGE, "expiry_interval_seconds": 0.1}
 
@@ -81,7 +81,7 @@ def clock(server: Daemon) -> str:
 
 # A node that is ahead, and one that is behind; the third is right.
 SHIFTS = {0: 3600, 1: -3600}
-# Longer than a busy machine takes to start a server, and to read from it.
+# Longer than a busy machine takes to start a server and to read from it.
 SHORT_AGE_MS, MARGIN_SECONDS = 5_000, 1
 
 
@@ -99,7 +99,7 @@ def test_wrong_clocks_of_nodes_change_nothing_while_the_leader_stays(
     monkeypatch.setattr(nats_stream, "_MIN_MARGIN_SECONDS", MARGIN_SECONDS)
     with ExitStack() as stack:
         new = partial(new_store, wrong_nodes, stack)
-        # Each node leads one stream, and has a copy of the others.
+        # Each node leads one stream and has a copy of the others.
         streams = [node.name for node in wrong_nodes.nodes]
         for stream in streams:
             new(stream)

@@ -32,7 +32,7 @@ SERVERS, STEPS, MAX_ATTEMPTS = 3, 400, 4
 LEASES = (50, 300, 2_000)
 
 Entry = bytes | Put
-"""A fact about groups, or a message."""
+"""A fact about groups or a message."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ def log() -> Iterator[Log]:
 
 
 class FakeServer:
-    """A server, and its connection to the log."""
+    """A server and its connection to the log."""
 
     max_message_bytes = 100_000
 
@@ -106,7 +106,7 @@ class FakeServer:
     # Steps
 
     def deliver(self, *, safely: bool = False) -> None:
-        """Store a fact that was sent, or lose it, or its acknowledgement."""
+        """Store a fact that was sent, or lose it or its acknowledgement."""
         if not self.sent:
             return
         # Batches are in order, but an attempt without an outcome may be stored later.

@@ -1,4 +1,4 @@
-"""Messages read in advance for groups of workers: what changes in the store meanwhile."""
+"""Messages read in advance for groups of workers, and later changes in the store."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_selection_does_not_depend_on_order_or_repetition(count: int) -> None:
 
 
 class Checked:
-    """A store, and everything that was put into it."""
+    """A store and everything that was put into it."""
 
     def __init__(self) -> None:
         self.store = ClockedStore(MAX_AGE)

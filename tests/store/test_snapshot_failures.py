@@ -108,7 +108,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-# Writing fails in the middle of the database, and in the trailer.
+# Writing fails in the middle of the database and in the trailer.
 @pytest.mark.parametrize("missing", [100_000, 10])
 def test_full_disk_keeps_previous_snapshot(file: Path, missing: int, caplog: pytest.LogCaptureFixture) -> None:
     store = SQLiteStore(MAX_AGE)

@@ -126,7 +126,7 @@ def test_ctrl_c_between_request_and_stop_abandons_snapshot_and_reports_loss(
         "last snapshot abandoned: messages put since the previous one are lost"
     ]
     assert not file.exists()
-    # Another server can use the file at once.
+    # Another server can use the file immediately.
     with serving(snapshot_file=str(file)):
         pass
 
@@ -179,7 +179,7 @@ def test_interrupted_stop_ends_all_threads_from_any_line(tmp_path: Path) -> None
         wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name in SERVER_THREADS])
         with pytest.raises(ReplyError):
             put(store, b"t", b"more")
-        # The snapshot is complete or missing, and another server can use the file at once.
+        # The snapshot is complete or missing, and another server can use the file immediately.
         saved = (tmp_path / "s").exists()
         assert saved or was_interrupted
         with restored(tmp_path / "s", time.time()) as other:

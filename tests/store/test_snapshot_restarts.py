@@ -180,7 +180,7 @@ def test_surviving_thread_prevents_clean_shutdown_mark(file: Path) -> None:
 
 
 def grow(file: Path, report: int) -> None:
-    """Put numbered messages, and write a snapshot after every few, forever; report how many are saved."""
+    """Put numbered messages and write a snapshot after every few, forever; report how many are saved."""
     store = ClockedStore(MAX_AGE)
     with snapshotting(store, file) as snapshotter:
         count = len(bodies(store, b"t"))
@@ -214,7 +214,7 @@ def test_kill_at_any_time_leaves_one_complete_snapshot(file: Path) -> None:
 
 
 def kill_one(file: Path, kept: int, after: float) -> int:
-    """Run a process that writes snapshots, and kill it `after` seconds after the first; return its last report."""
+    """Run a process that writes snapshots and kill it `after` seconds after the first; return its last report."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if not child:

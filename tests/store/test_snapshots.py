@@ -1,4 +1,4 @@
-"""The contents of a snapshot, written and restored, whatever happens meanwhile."""
+"""The contents of a snapshot, written and restored, whatever happens in between."""
 
 from __future__ import annotations
 

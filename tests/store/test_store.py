@@ -171,7 +171,7 @@ def test_put_to_known_topic_runs_no_statement(store: ClockedStore) -> None:
     assert statements == []
 
 
-# Three times as many messages, or bytes, fill the buffer.
+# Three times as many messages or bytes fill the buffer.
 @pytest.mark.parametrize(("count", "size"), [(MAX_BUFFERED_MESSAGES // 3 + 1, 3), (20, MAX_BUFFERED_BYTES // 60 + 1)])
 def test_write_buffer_is_flushed_by_topic_and_millisecond(
     store: ClockedStore, clock: Clock, count: int, size: int
@@ -229,7 +229,7 @@ def test_long_messages_among_short_ones_are_read_whole(store: ClockedStore, size
 
 
 def test_long_body_is_never_copied(store: ClockedStore, clock: Clock) -> None:
-    """Copying 8 MiB into the database's pages, or out of them, would hold the event loop for several milliseconds."""
+    """Copying 8 MiB into the database's pages or out of them would hold the event loop for several milliseconds."""
     body, pages = b"x" * (8 << 20), page_bytes(store)
     put(store, b"t", b"short", body, b"y")
     store.flush()
@@ -536,7 +536,7 @@ PUTS = {
 def test_put_without_memory_stores_nothing(store: ClockedStore, clock: Clock, puts: list[Put]) -> None:
     put(store, b"t", b"x")
     stop_growing(store)
-    # The write buffer takes this, and must then be flushed before the next put.
+    # The write buffer takes this and must then be flushed before the next put.
     put(store, b"t", BIG)
     before = everything(store)
     for _ in range(2):

@@ -202,7 +202,7 @@ LIMITS = (
 
 
 class StoreAndModel(RuleBasedStateMachine):
-    """Runs the same operations on both, and compares the results."""
+    """Runs the same operations on both and compares the results."""
 
     # By default, all bodies are in SQLite, which has no memory for BIG in `overflow`.
     long_bytes = sys.maxsize

@@ -1,4 +1,4 @@
-"""Shared by the tests of groups of workers: a store, and a worker that takes jobs."""
+"""Shared by the tests of groups of workers: a store and a worker that takes jobs."""
 
 from __future__ import annotations
 

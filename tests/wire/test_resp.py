@@ -56,7 +56,7 @@ def parse(parser: Parser, pieces: Iterable[bytes]) -> list[object]:
 
 
 def outcome(parser: Parser, pieces: Iterable[bytes]) -> tuple[str, type | None]:
-    """The items, and the error after them. Requests are parsed both one by one and in batches, as in the server."""
+    """The items and the error after them. Requests are parsed both one by one and in batches, as in the server."""
     pieces = list(pieces)
     result = _outcome(parser, pieces, lambda: [] if (item := parser.next()) is None else [item])
     if isinstance(parser, RequestParser):
@@ -252,7 +252,7 @@ def single_quoted(word: bytes) -> bytes:
 
 
 texts = st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="\\"), max_size=8).map(str.encode)
-# An encoded word, and the word itself.
+# An encoded word and the word itself.
 words = st.one_of(
     texts.filter(lambda word: word and word[:1] not in b"'\"").map(lambda word: (word, word)),
     st.binary(max_size=8).map(lambda word: (double_quoted(word), word)),
@@ -439,7 +439,7 @@ def test_request_over_limit_raises_at_length_line() -> None:
         parse(parser, [b"\n"])
 
 
-# Noise: random bytes, or random pieces of framing
+# Noise: random bytes or random pieces of framing
 
 tokens = b"* $ : + - _ % 0 1 2 -1 2147483647 x PING *1\r\n$ \" ' \\ \x00 \xff \xc3\xa9".split(b" ")
 blank_tokens = [b"\r\n", b"\r\n", b"\r", b"\n", b" ", b"\t", b"*2\r\n$1\r\nx\r\n$"]

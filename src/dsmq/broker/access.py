@@ -40,7 +40,7 @@ class Access:
             token = token_files.read_tokens(settings.http_token_file)[0][2]
         http_authenticator = HTTPAuthenticator(token.encode(), host_names(settings.http_allowed_hosts))
         tls, files = None, (settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
-        # Before the files are read, so that the next reload detects a change made meanwhile.
+        # Taken before the files are read, so that the next reload detects a change made in between.
         modified = tuple(os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files)
         if settings.tls_cert_file:
             from dsmq.wire.tls import server_context  # noqa: PLC0415 - not needed without TLS

@@ -45,7 +45,7 @@ class Admission:
         self._refused: deque[tuple[float, socket.socket]] = deque()
 
     def assign(self, sock: socket.socket, host: str, name: str) -> None:
-        """Give a connection to the event loop with the fewest connections or refuse it."""
+        """Give a connection to the event loop with the fewest connections, or refuse it."""
         client_key, access = auth.client_key(host), self._context.access
         if refusal := self._refusal(client_key):
             self._refuse(sock, name, *refusal, speaks_tls=access.tls is not None)

@@ -50,8 +50,8 @@ class Connection:
         self.id = peer.number
         self.state = HANDSHAKE if peer.encrypted else OPEN
         self.login = Login(self, Role.NOBODY if context.access.authenticator.tokens else Role.ADMIN)
-        self.transport = Transport(self, loop, sock, context.usage.replies)
-        self.requests = Requests(self, loop, self.transport, context.usage.requests, loop.counters.commands)
+        self.transport = Transport(self, sock)
+        self.requests = Requests(self)
         self.reads = Reads(self)
         self.pending_puts = 0
         self.scheduled = math.inf
@@ -277,7 +277,7 @@ class Connection:
             self.close_with_error(_DEFECT)
 
     def close_with_error(self, error: ReplyError) -> None:
-        """Close at once. A client that requested notices gets the error, unless another reply is due first."""
+        """Close immediately. A client that requested notices gets the error, unless another reply is due first."""
         if self.notices and not (self.transport.data or self.pending_puts):
             self._note(error)
             with suppress(OSError):
@@ -285,7 +285,7 @@ class Connection:
         self.close(f"{error.code} {error}")
 
     def close(self, reason: str) -> None:
-        """Close at once. Idempotent."""
+        """Close immediately. Idempotent."""
         if self.closed:
             return
         self.state = CLOSED

@@ -144,7 +144,7 @@ class EventLoop:
         self._for_all(lambda connection: connection.apply_settings())
 
     def close_connections(self, reason: str) -> None:
-        """Close all connections at once. Must be posted."""
+        """Close all connections immediately. Must be posted."""
         self._for_all(lambda connection: connection.close(reason))
 
     def _drain(self, until: float) -> None:
@@ -191,7 +191,7 @@ class EventLoop:
     def _turn(self) -> None:
         before = self.counters.requests
         # Timers run only after the sockets have been read once more, so that what arrived in time does not count as
-        # late, even if the process was stopped meanwhile (SIGSTOP).
+        # late, even if the process was stopped (SIGSTOP).
         due = self.now
         ready = self._wait()
         self.now = self._answered_at = time.monotonic()

@@ -100,7 +100,7 @@ class PendingTake(PendingRead):
     is_asked: bool = False
     """Whether the store will answer later."""
     is_woken: bool = False
-    """Whether it was woken meanwhile, so that the answer may lack the newest message."""
+    """Whether it was woken before the answer, which may therefore lack the newest message."""
     is_refused: bool = False
     """Whether a limit on jobs was reached."""
     jobs: list[Job] = field(default_factory=list)
@@ -113,7 +113,7 @@ class PendingTake(PendingRead):
 
     def fetch(self, store: Store) -> Any:
         if self.is_asked:
-            # It was woken meanwhile. Another request would get other jobs, so wait for the answer.
+            # It was woken. Another request would get other jobs, so wait for the answer.
             self.is_woken = True
             return Future()
         if self.jobs and time.monotonic() < self.leased_until:

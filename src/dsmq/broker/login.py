@@ -59,7 +59,7 @@ class Login:
             raise BadRequest("this server requires no token")
         found = authenticator.authenticate(user, token)
         if found is None:
-            _logger.warning("%r: wrong token", connection, extra=connection.event("wrong_token"))
+            _logger.warning("%r: invalid token", connection, extra=connection.event("wrong_token"))
             connection.counters.wrong_tokens += 1
             # Only one guess per connection.
             self.role, self.gave_wrong_token = Role.NOBODY, True
@@ -82,7 +82,7 @@ class Login:
         self.requests += 1
         if self.requests > MAX_UNAUTHENTICATED_REQUESTS:
             self.connection.finish()
-            raise AuthRequired(f"no more than {MAX_UNAUTHENTICATED_REQUESTS} requests before authentication")
+            raise AuthRequired(f"too many requests before authentication (limit: {MAX_UNAUTHENTICATED_REQUESTS})")
         if self.gave_wrong_token:
             raise AuthRequired("an invalid token was sent on this connection")
 

@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 def put(client: Connection, request: list[bytes]) -> None:
     """Add a message to the batch. The reply follows when the batch is stored, at the end of the turn."""
     if client.start_id is None:
-        # A client that starts reading now must not miss the message.
+        # Otherwise, `start_id` might include this put, and GET would miss it.
         client.await_start(request)
         return
     batch = client.loop.batch
@@ -119,7 +119,7 @@ class PutBatch:
 
     def _answer_in_order(self, left: _Left) -> None:
         """Reply to these puts, up to the first that the store answers later; continue when it does."""
-        # A refusal is known at once, but must not overtake the reply to an earlier put.
+        # A refusal is known immediately, but must not overtake the reply to an earlier put.
         while left:
             connection, answer = left.popleft()
             if isinstance(answer, Future):

@@ -306,7 +306,7 @@ class Reads:
         found = read.fetch(connection.context.store)
         is_tight = read.below or connection.transport.budget.is_tight
         if type(found) is list and (found or not read.wait_ms) and not is_tight:
-            # Fast path for READ, GET and TAKE with a store that answers at once.
+            # Fast path for READ, GET and TAKE with a store that answers immediately.
             return read.encode(connection, read, found)
         self.pending = read
         reply = self._reply(read, found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from math import inf
 from selectors import EVENT_READ
 from time import monotonic
@@ -31,29 +30,34 @@ CROWD_RECEIVE_BYTES = 16_384
 MAX_DISCARDED_BYTES = 65_536
 
 
-@dataclass(slots=True, eq=False)
 class Requests:
     """Receives requests and runs them in order, with one reply to each. Buffered requests count towards a total."""
 
-    connection: Connection
-    loop: EventLoop
-    transport: Transport
-    budget: Budget
-    counts: dict[str, int]
-    parser: RequestParser = field(default_factory=lambda: RequestParser(0))
-    queue: list[list[bytes]] = field(default_factory=list)
-    """Requests parsed but not yet run. For so few, a deque would not be faster, and it would take memory when idle."""
-    transaction: Transaction | None = None
-    steps: list[Step] = field(default_factory=list)
-    """The remaining steps of EXEC, in reverse order. The queue contains a request with an empty name for each."""
-    permitted: dict[bytes, Command] = field(default_factory=dict)
-    max_receive: int = RECEIVE_BYTES
-    reserved: int = 0
-    """This connection's share of the total. An incomplete request counts with its declared length."""
-    incomplete_since: float = inf
-    slow_from: float = inf
-    """When the average speed of an incomplete request will have fallen below SLOW_BYTES_PER_SECOND."""
-    _discarded: int = 0
+    __slots__ = (
+        *("_discarded", "budget", "connection", "counts", "incomplete_since", "loop", "max_receive", "parser"),
+        *("permitted", "queue", "reserved", "slow_from", "steps", "transaction", "transport"),
+    )
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.loop: EventLoop = connection.loop
+        self.transport: Transport = connection.transport
+        self.budget: Budget = connection.context.usage.requests
+        self.counts: dict[str, int] = connection.counters.commands
+        self.parser = RequestParser(0)
+        self.queue: list[list[bytes]] = []
+        """Requests parsed but not yet run; so few that a deque would not be faster, only larger when idle."""
+        self.transaction: Transaction | None = None
+        self.steps: list[Step] = []
+        """The remaining steps of EXEC, in reverse order. The queue contains a request with an empty name for each."""
+        self.permitted: dict[bytes, Command] = {}
+        self.max_receive = RECEIVE_BYTES
+        self.reserved = 0
+        """This connection's share of the total. An incomplete request counts with its declared length."""
+        self.incomplete_since = inf
+        self.slow_from = inf
+        """When the average speed of an incomplete request will have fallen below SLOW_BYTES_PER_SECOND."""
+        self._discarded = 0
 
     @property
     def is_empty(self) -> bool:

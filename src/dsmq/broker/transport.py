@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
-from dataclasses import dataclass, field
 from math import inf
 from selectors import EVENT_READ, EVENT_WRITE
 from typing import TYPE_CHECKING, TypeAlias
@@ -31,30 +30,36 @@ LINGER_SECONDS = 1.0
 LINGER_SECONDS_AT_STOP = 0.05
 
 
-@dataclass(slots=True, eq=False)
 class Transport:
     """Sends replies. Long replies, and replies still unsent at the end of a turn, count towards a total."""
 
-    connection: Connection
-    loop: EventLoop
-    socket: Stream
-    budget: Budget
-    data: bytearray = field(default_factory=bytearray)
-    """Unsent replies."""
-    counted: int = 0
-    """The bytes counted in the total."""
-    max_unread: int = 0
-    """If more bytes than this are unsent, no further requests run."""
-    unread_since: float = inf
-    """When the client last accepted data; infinite if nothing is unsent."""
-    slow_from: float = inf
-    """When the client's average reading speed will have fallen below SLOW_BYTES_PER_SECOND."""
-    active_at: float = 0.0
-    """When data was last received, or the last reply was sent completely."""
-    linger_seconds: float = field(default_factory=lambda: LINGER_SECONDS)
-    eof_received: bool = False
-    events: int = 0
-    """The socket events that the event loop watches for."""
+    # Not a dataclass, which mypyc can't compile if its annotations are imported for type checkers only.
+    __slots__ = (
+        *("active_at", "budget", "connection", "counted", "data", "eof_received", "events", "linger_seconds", "loop"),
+        *("max_unread", "slow_from", "socket", "unread_since"),
+    )
+
+    def __init__(self, connection: Connection, sock: Stream) -> None:
+        self.connection = connection
+        self.loop: EventLoop = connection.loop
+        self.socket = sock
+        self.budget: Budget = connection.context.usage.replies
+        self.data = bytearray()
+        """Unsent replies."""
+        self.counted = 0
+        """The bytes counted in the total."""
+        self.max_unread = 0
+        """If more bytes than this are unsent, no further requests run."""
+        self.unread_since = inf
+        """When the client last accepted data; infinite if nothing is unsent."""
+        self.slow_from = inf
+        """When the client's average reading speed will have fallen below SLOW_BYTES_PER_SECOND."""
+        self.active_at = 0.0
+        """When data was last received, or the last reply was sent completely."""
+        self.linger_seconds = LINGER_SECONDS
+        self.eof_received = False
+        self.events = 0
+        """The socket events that the event loop watches for."""
 
     def fileno(self) -> int:
         return self.socket.fileno()

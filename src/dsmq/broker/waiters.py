@@ -178,7 +178,7 @@ class WaitingPatterns:
         return bool(matching) or seen != count
 
     def put(self, topic: bytes) -> Iterable[Connection]:
-        """Return the connections to wake after a put into a topic, as far as they are known at once."""
+        """Return the connections to wake after a put into a topic, as far as they are known without matching."""
         seen, matching = self._known.get(topic, (-1, ()))
         newer = len(self._order) - seen
         if seen < 0 or newer > MAX_NEWER_PATTERNS:

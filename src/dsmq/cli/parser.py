@@ -15,6 +15,7 @@ from dsmq import __version__
 from dsmq.cli import formats
 from dsmq.cli.arguments import addresses, count, duration, file, group, lease, port, position, seconds, timeout, topic
 from dsmq.terminal import printable, quoted
+from dsmq.wire.resp import BUILD
 
 # The commands and their options
 
@@ -226,7 +227,7 @@ def _refuse(word: str, command: str) -> NoReturn:
     parser = Parser(prog="dsmq", usage="dsmq COMMAND [OPTION ...]", description="The dead simple message queue.")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"{_EXAMPLES}\n{_EPILOG}"
-    parser.add_argument("--version", action="version", version=f"dsmq {__version__}")
+    parser.add_argument("--version", action="version", version=f"dsmq {__version__} ({BUILD})")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, (about, _) in COMMANDS.items():
         commands.add_parser(name, help=about.partition(".")[0])

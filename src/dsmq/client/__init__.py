@@ -73,8 +73,8 @@ def connect(  # noqa: PLR0913 - listed one by one for help() and editors
 
     timeout: the connection counts as lost if no part of an expected reply arrives for this many seconds, plus the time
     that a call asks the server to wait. All addresses of a host name are tried, a new one every 0.25 s. If nothing
-    answers, or connections are closed at once, the server may still be starting: unless retry=False, `connect` tries
-    again for about ten seconds. verbose logs this to stderr.
+    answers, or connections are closed immediately, the server may still be starting: unless retry=False, `connect`
+    tries again for about ten seconds. verbose logs this to stderr.
 
     A connection that breaks later is replaced, and calls continue: nothing is read twice or skipped, and no put is
     stored twice. A call raises ConnectionLost if the server stays unreachable for reconnect_timeout seconds (0: don't

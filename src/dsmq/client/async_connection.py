@@ -191,7 +191,7 @@ class Connection(asyncio.Protocol):
             self.fail(TimeoutError(f"no reply within {self._timeout:g} s"))
 
     def _count_unsent(self) -> int:
-        """Return the number of sent bytes that the server has not received, as far as is known."""
+        """Return the number of sent bytes that the server is not known to have received."""
         return self._transport.get_write_buffer_size() + unsent_bytes(self.sock)
 
     @property
@@ -208,7 +208,7 @@ class Connection(asyncio.Protocol):
             raise TimeoutError(f"the server has not closed the connection within {self._base_timeout:g} s") from None
 
     def fail(self, error: Exception) -> None:
-        """End the connection at once. Idempotent."""
+        """End the connection immediately. Idempotent."""
         if self.error is not None:
             return
         if isinstance(error, ReplyError) and not is_lost(error, connecting=False):
@@ -217,7 +217,7 @@ class Connection(asyncio.Protocol):
                 self.due[0].fail(error)
             error = ConnectionResetError(reason(error))
         self.error = error
-        # Take effect at once, even if the event loop is not running.
+        # Take effect immediately, even if the event loop is not running.
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         self._transport.abort()

@@ -219,7 +219,7 @@ class Connection:
             pass
 
     def interrupt(self) -> None:
-        """Make a call in another thread fail at once."""
+        """Make a call in another thread fail immediately."""
         if process() is not self._process:
             return
         try:

@@ -20,7 +20,7 @@ from dsmq.system import boot_time
 from dsmq.wire.addresses import Endpoint
 from dsmq.wire.limits import MAX_INTEGER
 
-# Surplus connections that have been idle for this long are closed by the next call.
+# Surplus connections that have been idle for this long are closed.
 IDLE_SECONDS = 5.0
 # The first retry is immediate. Later retries are delayed by this time, which doubles each time, with jitter, so that
 # many clients do not all reconnect at once.

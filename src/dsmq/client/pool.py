@@ -124,7 +124,7 @@ class Pool:
         return connection
 
     def wait(self, seconds: float) -> None:
-        """Wait before a retry. Raises ClientClosed if the client is closed meanwhile."""
+        """Wait before a retry. Raises ClientClosed if the client is closed."""
         if self._closing.acquire(timeout=seconds):
             # Wake the next call that waits.
             self._closing.release()
@@ -140,7 +140,7 @@ class Pool:
         self.close_idle()
 
     def close_idle(self) -> None:
-        # One by one, because other threads may borrow and return connections meanwhile.
+        # One by one, because other threads may borrow and return connections at the same time.
         with suppress(IndexError):
             while True:
                 self.idle.pop().close()
@@ -188,6 +188,6 @@ def _after_fork() -> None:
         pool.after_fork()
 
 
-# The next call would notice the fork anyway. This closes the parent's sockets at once.
+# The next call would notice the fork anyway. This closes the parent's sockets immediately.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

@@ -157,7 +157,7 @@ class TopicReader:
     def accept(self, asked: Asked, found: list[Entry], scanned: int = 0) -> bool:
         """Process the reply to a READ; return whether there may be more messages now.
 
-        Messages that another thread has fetched meanwhile are recognised by their ids. A reply to a request from before
+        Messages that another thread has since fetched are recognised by their ids. A reply to a request from before
         a `seek`, or from another era, is ignored. `scanned` is the id up to which the server found no other messages.
         """
         before, behind, _ = asked

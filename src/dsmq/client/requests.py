@@ -108,7 +108,7 @@ class Call(Retryable):
 
     @property
     def waits(self) -> bool:
-        """Whether the server may be asked to wait."""
+        """Whether the request may make the server wait."""
         return False
 
     def request(self, _: Producer) -> bytes:

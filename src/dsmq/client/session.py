@@ -31,10 +31,10 @@ _logger = logging.getLogger(__name__)
 State: TypeAlias = Literal["lost", "resumed", "restarted", "replaced", "given up"]
 """A change in a client's connection to its server.
 
-`lost`: it broke. One of the others follows: `resumed`, no message is lost; `restarted`, the server was restarted, and
-the last messages put may be lost (they do not count as missed); `replaced`, the server has lost its messages, and its
-new ones are read from the oldest; `given up`, the call that noticed raises an error, but later calls may connect.
-`replaced` alone follows a `seek` to a position of another epoch.
+`lost`: the connection broke; one of the others follows. `resumed`: no message is lost. `restarted`: the server was
+restarted, and the last messages put may be lost (they do not count as missed). `replaced`: the server has lost its
+messages, and its new ones are read from the oldest. `given up`: the call that noticed raises an error, but later calls
+may connect. `replaced` alone follows a `seek` to a position of another epoch.
 """
 LOST: dict[State, str] = {
     "replaced": "its messages are lost",

@@ -51,7 +51,7 @@ class Worker(Client):
 
         If the loop is left by `break` or an exception, the job is given back once Python deletes the iterator; if a
         variable refers to it, call its `close()` or the client's. Up to `prefetch` jobs are taken at once. The leases
-        of waiting jobs are extended when their turn comes, and jobs lost meanwhile are skipped.
+        of waiting jobs are extended when their turn comes, and lost jobs are skipped.
         """
         return _Work(self, topic, group, timeout, lease, prefetch)
 

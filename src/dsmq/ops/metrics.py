@@ -20,6 +20,7 @@ from dsmq.ops.inspector import topic_stats
 from dsmq.ops.status import Fact, Status
 from dsmq.store.api import TopicStats, Totals
 from dsmq.system import boot_time
+from dsmq.wire.resp import BUILD
 
 # The rates of topics are averages over at least this time, however often they are scraped.
 RATE_SECONDS = 10.0
@@ -49,9 +50,9 @@ class Collector:
         ):
             yield HistogramMetricFamily(f"dsmq_{name}_seconds", about, histogram.buckets(), histogram.sum)
         yield GaugeMetricFamily("dsmq_start_time_seconds", "Unix time when the server started.", status.started_at)
-        labels = ("version", "python_version", "sqlite_version")
-        build = GaugeMetricFamily("dsmq_build_info", "Versions in use; always 1.", labels=labels)
-        build.add_metric((__version__, platform.python_version(), sqlite3.sqlite_version), 1)
+        labels = ("version", "build", "python_version", "sqlite_version")
+        build = GaugeMetricFamily("dsmq_build_info", "Versions and build in use; always 1.", labels=labels)
+        build.add_metric((__version__, BUILD, platform.python_version(), sqlite3.sqlite_version), 1)
         yield build
 
     def _topics(self, totals: Totals) -> Iterator[Fact]:

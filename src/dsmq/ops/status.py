@@ -18,6 +18,7 @@ from dsmq.ops.inspector import SEARCH_SHARE, Inspector
 from dsmq.store.api import EngineStats, Totals
 from dsmq.system import resident_bytes
 from dsmq.terminal import printable
+from dsmq.wire.resp import BUILD
 
 if TYPE_CHECKING:
     from dsmq.broker.context import ServerContext
@@ -231,6 +232,7 @@ class Status:
         return {
             "server": {
                 "dsmq_version": __version__,
+                "dsmq_build": BUILD,
                 "python_version": platform.python_version(),
                 "process_id": os.getpid(),
                 "epoch": store.epoch,

@@ -13,6 +13,12 @@ from typing import Any, ClassVar, TypeAlias
 from dsmq.errors import ProtocolError, ReplyError, from_reply
 from dsmq.wire.limits import MAX_DEPTH, MAX_LINE_BYTES
 
+BUILD = "pure Python" if __file__.endswith(".py") else "compiled"
+"""Whether this module and the others listed in pyproject.toml were compiled with mypyc.
+
+If so, calls among them can't be patched, and trace functions don't see them.
+"""
+
 _MAX_REPLY_ELEMENTS = 1_048_576
 
 ARRAY, _BULK, _INTEGER, _SIMPLE, _ERROR, _NULL = b"*$:+-_"
@@ -163,7 +169,10 @@ class ReplyParser(Input):
         """Return the next value. For an array, only parse its header, and add it to the open arrays."""
         data, at = self._data, self._at
         end = data.find(CRLF, at)
-        if end < 0:
+        if end <= at:
+            if end == at:
+                # Rejected before it is sliced: mypyc's slices fail if the start is after the end.
+                raise ProtocolError(f"not a reply: {quoted(CRLF)}")
             if len(data) - at > MAX_LINE_BYTES:
                 raise ProtocolError("no end of line in a reply")
             # One more than allowed, so that a line that is too long is parsed, and rejected.

@@ -1,4 +1,4 @@
-// A client of dsmq by go-redis: see harness.py for what it is asked.
+// A client of dsmq with go-redis: see harness.py for its commands.
 package main
 
 import (
@@ -27,7 +27,7 @@ func result(command redis.Cmder) (any, error) {
 	return reply, err
 }
 
-// isReply tells an error that the server replied from a connection that broke; the library has no name for it.
+// isReply returns whether the server replied with this error; the library has no type for that.
 func isReply(err error) bool { return fmt.Sprintf("%T", err) == "internal.RedisError" }
 
 func pipeline(topic string, count int) (any, error) {
@@ -45,7 +45,7 @@ func pipeline(topic string, count int) (any, error) {
 	return len(ids), err
 }
 
-// transaction takes each three words for a command.
+// transaction runs the words, three per command, in a transaction.
 func transaction(words ...any) (any, error) {
 	commands, err := client.TxPipelined(func(pipe *redis.Pipeline) error {
 		for ; len(words) > 0; words = words[3:] {

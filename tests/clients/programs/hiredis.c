@@ -1,4 +1,4 @@
-/* A client of dsmq by hiredis: see harness.py for what it is asked. */
+/* A client of dsmq with hiredis: see harness.py for its commands. */
 #include <hiredis/hiredis.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,14 +24,14 @@ static int start(void) {
     return right;
 }
 
-/* The reply, NULL if the connection broke. */
+/* Return the reply, or NULL if the connection broke. */
 static redisReply *call(int count, const char **words) { return start() ? redisCommandArgv(context, count, words, NULL) : NULL; }
 
 static int is_error(redisReply *reply, const char *code) {
     return reply->type == REDIS_REPLY_ERROR && !strncmp(reply->str, code, strlen(code));
 }
 
-/* Print each message once: the id of the last one, and the epoch, say where to read on. Returns the error that ends it. */
+/* Print each message once; the last id and the epoch are the position. Returns the error that ends reading. */
 static redisReply *read_all(const char *topic) {
     char after[24] = "0", epoch[80] = "unknown";
     for (;;) {
@@ -41,7 +41,7 @@ static redisReply *read_all(const char *topic) {
             usleep(50000);
             continue;
         }
-        if (is_error(reply, "EPOCH ")) { /* Another server, or one that has lost its messages: all it has is new. */
+        if (is_error(reply, "EPOCH ")) { /* Another server, or one that has lost its messages: all its messages are new. */
             sscanf(reply->str, "EPOCH %79s", epoch);
             strcpy(after, "0");
         } else if (reply->type == REDIS_REPLY_ERROR && !is_error(reply, "CLOSING ")) {
@@ -59,7 +59,7 @@ static redisReply *read_all(const char *topic) {
     }
 }
 
-/* Store each message once; one that may have been stored in an earlier run of the server is told as doubtful. */
+/* Store each message once; report one that may have been stored in an earlier run of the server. */
 static redisReply *write_all(const char *topic, int seq, int last) {
     char producer[32], body[16], run[80] = "unknown";
     sprintf(producer, "%d", getpid());
@@ -88,7 +88,7 @@ static redisReply *write_all(const char *topic, int seq, int last) {
     return NULL;
 }
 
-/* How many of the replies were ids, each above the one before. */
+/* Return how many of the replies were ids, each above the previous one. */
 static int pipeline(const char *topic, int count) {
     long long last = 0;
     int right = 0;
@@ -101,7 +101,7 @@ static int pipeline(const char *topic, int count) {
     return right;
 }
 
-/* Each three words are a command. Returns the reply to EXEC. */
+/* Run the words, three per command, in a transaction. Returns the reply to EXEC. */
 static redisReply *transaction(int count, const char **words) {
     const char *multi = "MULTI", *exec = "EXEC";
     redisReply *reply = call(1, &multi);

@@ -1,4 +1,4 @@
-// A client of dsmq by ioredis: see harness.py for what it is asked.
+// A client of dsmq with ioredis: see harness.py for its commands.
 const Redis = require(process.argv[2]);
 const { sleep, serve, reader } = require("./serve.js");
 const [port, , token] = process.argv.slice(3);
@@ -7,8 +7,8 @@ client.on("error", (error) => console.log("#", error.message));
 const isReply = (error) => error.name === "ReplyError";
 const library = { call: (...words) => client.call(...words), isReply };
 
-// Store each message once; one that may have been stored in an earlier run of the server is told as doubtful.
-// This library sends a request again by itself when its connection breaks, so that any put may have come before.
+// Store each message once; report one that may have been stored in an earlier run of the server.
+// When its connection breaks, this library repeats requests by itself, so any put may be a repetition.
 async function write(topic, first, last) {
   const producer = `${process.pid}-${Date.now()}`;
   let run = "unknown";
@@ -43,7 +43,7 @@ async function pipeline(topic, count) {
   return new Set(replies.map(([, id]) => id)).size;
 }
 
-// Each three words are a command.
+// Run the words, three per command, in a transaction.
 async function transaction(...words) {
   const multi = client.multi();
   for (let at = 0; at < words.length; at += 3) multi.call(...words.slice(at, at + 3));

@@ -1,4 +1,4 @@
-// A client of dsmq by node-redis, version 3 with its callbacks or later: see harness.py for what it is asked.
+// A client of dsmq with node-redis, version 3 (with callbacks) or later: see harness.py for its commands.
 const redis = require(process.argv[2]);
 const { sleep, serve, reader } = require("./serve.js");
 const [port, protocol, token] = process.argv.slice(3);
@@ -38,7 +38,7 @@ function withPromises() {
   };
 }
 
-// Store each message once; one that may have been stored in an earlier run of the server is told as doubtful.
+// Store each message once; report one that may have been stored in an earlier run of the server.
 async function write(topic, first, last) {
   const producer = `${process.pid}-${Date.now()}`;
   let run = "unknown";
@@ -70,7 +70,7 @@ async function pipeline(topic, count) {
   return new Set(replies.filter(Number.isInteger)).size;
 }
 
-// Each three words are a command.
+// Run the words, three per command, in a transaction.
 function transaction(...words) {
   return library.transaction(Array.from({ length: words.length / 3 }, (_, at) => words.slice(at * 3, at * 3 + 3)));
 }

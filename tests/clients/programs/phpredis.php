@@ -1,9 +1,9 @@
 <?php
-// A client of dsmq by phpredis: see harness.py for what it is asked.
+// A client of dsmq with phpredis: see harness.py for its commands.
 [, $port, , $token] = $argv;
 $redis = new Redis();
 
-// A RedisException is an error of the server or a broken connection; here the first becomes a DomainException.
+// A RedisException is an error reply or a broken connection; an error reply becomes a DomainException.
 function call(string ...$words)
 {
     global $redis, $port, $token;
@@ -18,7 +18,7 @@ function call(string ...$words)
     }
 }
 
-// Print each message once: the id of the last one, and the epoch, say where to read on.
+// Print each message once; the last id and the epoch are the position.
 function read_all(string $topic): string
 {
     [$after, $epoch] = [0, 'unknown'];
@@ -34,7 +34,7 @@ function read_all(string $topic): string
         } catch (DomainException $error) {
             [$code, $current] = explode(' ', $error->getMessage());
             if ($code === 'EPOCH') {
-                // Another server, or one that has lost its messages: all it has is new.
+                // Another server, or one that has lost its messages: all its messages are new.
                 [$after, $epoch] = [0, $current];
             } elseif ($code !== 'CLOSING') {
                 throw $error;
@@ -45,7 +45,7 @@ function read_all(string $topic): string
     }
 }
 
-// Store each message once; one that may have been stored in an earlier run of the server is told as doubtful.
+// Store each message once; report one that may have been stored in an earlier run of the server.
 function write_all(string $topic, string $first, string $last): string
 {
     [$producer, $run] = [bin2hex(random_bytes(8)), 'unknown'];
@@ -86,7 +86,7 @@ function pipeline(string $topic, string $count): int
     return count(array_unique(array_filter($pipe->exec(), 'is_int')));
 }
 
-// Each three words are a command.
+// Run the words, three per command, in a transaction.
 function transaction(string ...$words): array
 {
     global $redis;

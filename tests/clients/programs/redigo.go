@@ -1,4 +1,4 @@
-// A client of dsmq by redigo: see harness.py for what it is asked.
+// A client of dsmq with redigo: see harness.py for its commands.
 package main
 
 import (
@@ -9,7 +9,7 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// A pool, as programs use redigo: a connection that broke is replaced by the next Get.
+// A pool, as usual with redigo: the next Get replaces a broken connection.
 var pool = &redis.Pool{Dial: func() (redis.Conn, error) {
 	options := []redis.DialOption{redis.DialReadTimeout(10 * time.Second)}
 	if token := os.Args[3]; token != "" {
@@ -24,7 +24,7 @@ func call(words ...any) (any, error) {
 	return conn.Do(words[0].(string), words[1:]...)
 }
 
-// isReply tells an error that the server replied from a connection that broke.
+// isReply returns whether the server replied with this error; otherwise, the connection broke.
 func isReply(err error) bool {
 	_, is := err.(redis.Error)
 	return is
@@ -52,7 +52,7 @@ func pipeline(topic string, count int) (any, error) {
 	return len(ids), nil
 }
 
-// transaction takes each three words for a command.
+// transaction runs the words, three per command, in a transaction.
 func transaction(words ...any) (any, error) {
 	conn := pool.Get()
 	defer conn.Close()

@@ -1,13 +1,13 @@
-# A client of dsmq by redis-rb: see harness.py for what it is asked.
+# A client of dsmq with redis-rb: see harness.py for its commands.
 require "redis"
 require "securerandom"
 
 $stdout.sync = true
 port, _, token = ARGV
-# Sent again behind our back, a put could not be told from one that was never sent.
+# If redis-rb retried puts by itself, a retry would look like a new put.
 $redis = Redis.new(port: port.to_i, password: token.empty? ? nil : token, reconnect_attempts: 0)
 
-# Print each message once: the id of the last one, and the epoch, say where to read on.
+# Print each message once; the last id and the epoch are the position.
 def read(topic)
   after, epoch = 0, "unknown"
   loop do
@@ -18,7 +18,7 @@ def read(topic)
     end
   rescue Redis::CommandError => error
     code, current = error.message.split
-    # Another server, or one that has lost its messages: all it has is new.
+    # Another server, or one that has lost its messages: all its messages are new.
     after, epoch = 0, current if code == "EPOCH"
     raise unless %w[EPOCH CLOSING].include?(code)
   rescue Redis::BaseConnectionError
@@ -26,7 +26,7 @@ def read(topic)
   end
 end
 
-# Store each message once; one that may have been stored in an earlier run of the server is told as doubtful.
+# Store each message once; report one that may have been stored in an earlier run of the server.
 def write(topic, first, last)
   producer, run = SecureRandom.hex(8), "unknown"
   (first.to_i..last.to_i).each do |seq|
@@ -52,7 +52,7 @@ def pipeline(topic, count)
   $redis.pipelined { |pipe| count.to_i.times { |number| pipe.call("PUT", topic, format("%050d", number)) } }.uniq.size
 end
 
-# Each three words are a command.
+# Run the words, three per command, in a transaction.
 def transaction(*words)
   $redis.multi { |multi| words.each_slice(3) { |command| multi.call(*command) } }
 end

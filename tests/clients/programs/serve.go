@@ -1,4 +1,4 @@
-// What the programs for Go have in common: they do what they are asked, one line after the other, and read and write alike.
+// Shared by the Go programs: running commands line by line, reading and writing.
 package main
 
 import (
@@ -10,17 +10,17 @@ import (
 	"time"
 )
 
-// isClosing tells the reply of a server that stops to a request that it has not run.
+// isClosing returns whether the request was not run because the server is stopping.
 func isClosing(err error) bool { return strings.HasPrefix(err.Error(), "CLOSING ") }
 
-// read prints each message once: the id of the last one, and the epoch, say where to read on.
+// read prints each message once; the last id and the epoch are the position.
 func read(topic string) (any, error) {
 	after, epoch := int64(0), "unknown"
 	for {
 		reply, err := call("READ", topic, after, "WAIT", 500, "EPOCH", epoch)
 		found, _ := reply.([]any)
 		if err != nil && strings.HasPrefix(err.Error(), "EPOCH ") {
-			// Another server, or one that has lost its messages: all it has is new.
+			// Another server, or one that has lost its messages: all its messages are new.
 			after, epoch = 0, strings.Fields(err.Error())[1]
 		} else if isReply(err) && !isClosing(err) {
 			return nil, err
@@ -37,7 +37,7 @@ func read(topic string) (any, error) {
 	}
 }
 
-// write stores each message once; one that may have been stored in an earlier run of the server is told as doubtful.
+// write stores each message once; it reports one that may have been stored in an earlier run of the server.
 func write(topic string, first, last int) (any, error) {
 	producer, run := strconv.FormatInt(time.Now().UnixNano(), 36), "unknown"
 	for seq, again := first, false; seq <= last; {

@@ -1,4 +1,4 @@
-// What the programs for Node have in common: they do what they are asked, one line after the other, and read alike.
+// Shared by the Node programs: running commands line by line, and reading.
 const readline = require("readline");
 
 const sleep = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
@@ -16,7 +16,7 @@ async function serve(commands) {
   process.exit();
 }
 
-// Print each message once: the id of the last one, and the epoch, say where to read on.
+// Print each message once; the last id and the epoch are the position.
 const reader = ({ call, isReply }) => async (topic) => {
   let after = 0, epoch = "unknown";
   for (;;) {
@@ -28,7 +28,7 @@ const reader = ({ call, isReply }) => async (topic) => {
         if (found[at + 3] === "end") return "done";
       }
     } catch (error) {
-      // Another server, or one that has lost its messages: all it has is new.
+      // Another server, or one that has lost its messages: all its messages are new.
       const [code, current] = error.message.split(" ");
       if (code === "EPOCH") [after, epoch] = [0, current];
       else if (isReply(error) && code !== "CLOSING") throw error;
