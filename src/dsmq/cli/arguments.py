@@ -49,7 +49,7 @@ def file(text: str) -> str:
 
 
 def position(text: str) -> int | str:
-    """Parse an id, or a position as printed by `dsmq get --json`."""
+    """Parse an id or a position as printed by `dsmq get --json`."""
     if re.fullmatch(r"[^\s:]+:[0-9]{1,19}", text):
         return text
     return _number(int, text, 0, MAX_INTEGER, "an id, 0, or a position")

@@ -38,7 +38,7 @@ _LETTERS: dict[str, Callable[[Message], str | bytes]] = {
 _ESCAPES = {"t": "\t", "n": "\n", "0": "\0", "\\": "\\"}
 
 Format: TypeAlias = list[str | Callable[[Message], str | bytes]]
-"""Literal text, and functions that each return a part of a message."""
+"""Literal text and functions that each return a part of a message."""
 
 
 def parse_format(text: str) -> Format:

@@ -1,4 +1,4 @@
-"""`dsmq get`: prints messages of topics, or writes one to a file."""
+"""`dsmq get`: prints messages of topics or writes one to a file."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _GET = (
 _WORK = (
     "Run COMMAND for each message of TOPIC, sharing the messages with the other workers of the group. COMMAND gets the "
     "message on stdin, and DSMQ_TOPIC_NAME, DSMQ_JOB_ID and DSMQ_ATTEMPT in its environment. If its exit status is not "
-    "0, or the worker dies, another worker gets the message. In TOPIC, * matches any characters, including none."
+    "0 or the worker dies, another worker gets the message. In TOPIC, * matches any characters, including none."
 )
 # The description and arguments of each command. A last argument followed by ... may be repeated.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "work": (_WORK, "TOPIC "),
     "topics": ("List topics with stored messages: message count, bytes, topic.", ""),
     "watch": ("Show topics and rates until q or Ctrl-C, or once if the output is not a terminal.", ""),
-    "stats": ("Print statistics of a topic, or of the server.", "[TOPIC] "),
+    "stats": ("Print statistics of a topic or of the server.", "[TOPIC] "),
     "ping": ("Check that the server answers; for scripts and health checks.", ""),
     "bench": ("Measure how long typical operations take on a running server.", ""),
     "purge": ("Expire all messages of TOPIC, in which * matches any characters, including none.", "TOPIC "),
@@ -166,7 +166,7 @@ _EPILOG = "Exit status: 0 success, 1 failure, 2 usage or configuration error, 3 
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports each error on one line, and suggests the closest option."""
+    """Reports each error on one line and suggests the closest option."""
 
     takes_message = False
 

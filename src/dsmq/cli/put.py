@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Max length of a line or file, unless the server accepts longer messages.
 _MAX_BYTES = 67_108_864
 _READ_BYTES = 65_536
-# The time before the first progress report, and between reports.
+# The time before the first progress report and between reports.
 _PROGRESS_SECONDS = 0.5
 
 

@@ -62,7 +62,7 @@ def _has_screen() -> bool:
 
 
 def _show(screen: Any, mq: DSMQClientSideConnection, where: str, interval: float) -> None:
-    """Redraw at the interval, and when the terminal is resized, until q is pressed."""
+    """Redraw at the interval and when the terminal is resized, until q is pressed."""
     import curses  # noqa: PLC0415 - some systems lack it
 
     with suppress(curses.error):

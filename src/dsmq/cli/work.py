@@ -40,7 +40,7 @@ class _Stopped(Exception):
 
 
 class _Worker:
-    """Runs the command for each job. Forwards SIGINT and SIGTERM to the command, and then takes no more jobs."""
+    """Runs the command for each job. Forwards SIGINT and SIGTERM to the command and then takes no more jobs."""
 
     def __init__(self, mq: DSMQClientSideConnection, options: argparse.Namespace) -> None:
         self._mq, self._options = mq, options

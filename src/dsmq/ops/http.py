@@ -26,12 +26,12 @@ from dsmq.broker import listener as listening
 from dsmq.ops import metrics
 from dsmq.ops.status import Status
 
-# How long a client may take to send its request, and to read the reply. A scrape takes milliseconds.
+# How long a client may take to send its request and to read the reply. A scrape takes milliseconds.
 REQUEST_TIMEOUT_SECONDS = 5.0
 MAX_CONCURRENT_REQUESTS = 8
 # While MAX_CONCURRENT_REQUESTS are open, a client that takes longer to send its request is cut off for the next one.
 GRACE_SECONDS = 0.5
-# How long a client may take to disconnect after its reply, and how many bytes it may send meanwhile.
+# How long a client may take to disconnect after its reply and how many bytes it may send meanwhile.
 LINGER_SECONDS = 0.5
 LINGER_BYTES = 1_048_576
 POLL_SECONDS = 0.1
@@ -53,7 +53,7 @@ class HTTPEndpoint:
         self.thread = threading.Thread(target=self._run, name="dsmq-http", daemon=True)
         self.waiting_since: dict[socket.socket, float] = {}
         """The open connections, oldest first, each with the time since when the server has been waiting for its client:
-        for a request, or for a disconnect. Infinity while a request is being answered.
+        for a request or for a disconnect. Infinity while a request is being answered.
         """
         self._close = close
         self._stop = threading.Event()
@@ -77,9 +77,9 @@ class HTTPEndpoint:
             try:
                 sock, address = self.socket.accept()
             except TimeoutError:
-                pass  # No connection for POLL_SECONDS. Cut off late clients, and check whether to stop.
+                pass  # No connection for POLL_SECONDS. Cut off late clients and check whether to stop.
             except OSError:
-                # If no file descriptors are left, accepting again at once would fail, too.
+                # If no file descriptors are left, accepting again immediately would fail, too.
                 self._stop.wait(listening.ACCEPT_PAUSE_SECONDS)
             else:
                 self._make_room()
@@ -151,7 +151,7 @@ class HTTPEndpoint:
 
 
 def _cut_off(sock: socket.socket) -> None:
-    # The thread that serves the connection reads the end of file, and closes the connection.
+    # The thread that serves the connection reads the end of file and closes the connection.
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
@@ -172,7 +172,7 @@ def _json(status: HTTPStatus, value: object, *headers: tuple[str, str]) -> _Repl
 
 
 class _Handler(BaseHTTPRequestHandler):
-    # Applies to each read, and to a reply as a whole.
+    # Applies to each read and to a reply as a whole.
     timeout = REQUEST_TIMEOUT_SECONDS
     server: HTTPEndpoint  # type: ignore[assignment]
     raw_requestline: bytes

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Max topics or clients in one list.
 MAX_ROWS = 100
-# Max messages shown per topic, and max bytes of each.
+# Max messages shown per topic and max bytes of each.
 MAX_MESSAGES, MAX_SHOWN_BYTES = 20, 4096
 # Max bytes of topic names shown for a client, which may read many topics at once.
 MAX_NAMES_BYTES = 512
@@ -159,7 +159,7 @@ class Inspector:
 
 
 def _reads(client: Connection, topic: bytes) -> bool:
-    """Return whether a client waits for messages of a topic, or last read from it."""
+    """Return whether a client waits for messages of a topic or last read from it."""
     pending, selection = client.reads.pending, client.last_selection
     return (
         (client.last_read is not None and client.last_read[0] == topic)

@@ -70,7 +70,7 @@ class Collector:
         yield Fact("topic_puts_per_second", "Puts per second over the last 10 to 20 seconds, by topic.", rates, "topic")
 
     def _groups(self) -> Iterator[Metric]:
-        """Return the sums over all groups of workers, and the figures of the first groups."""
+        """Return the sums over all groups of workers and the figures of the first groups."""
         found, gauge = self._status.groups(), GaugeMetricFamily
         if not self._status.context.store.groups:
             return
@@ -124,7 +124,7 @@ class Rates:
     """Finds the topics with the highest put rates. A call takes time proportional to the number of topics."""
 
     def __init__(self, now: float) -> None:
-        # The last two samples: time in seconds, and last numbers. Rates are computed from the older one.
+        # The last two samples: time in seconds and last numbers. Rates are computed from the older one.
         self._samples: deque[tuple[float, dict[bytes, int]]] = deque([(now, {})], maxlen=2)
 
     def top(self, count: int, last_numbers: dict[bytes, int], now: float) -> tuple[list[tuple[bytes, float]], float]:

@@ -56,7 +56,7 @@ class Status:
         self.context = context
         self.started_at = time.time()
         self.port = 0
-        """The TCP port for clients; 0 before the start, or if there is none."""
+        """The TCP port for clients; 0 before the start or if there is none."""
         self.addresses: list[str] = []
         """The addresses for clients, `host:port` or `unix:/path`; empty before the start."""
         self.inspector = Inspector(context, workers)
@@ -69,7 +69,7 @@ class Status:
         self._expiry = expiry
         self._snapshotter = snapshotter
         self._snapshots = snapshots
-        # The result of `groups`, and when to count again.
+        # The result of `groups` and when to count again.
         self._groups: list[tuple[GroupStats, int]] = []
         self._groups_due = 0.0
 
@@ -106,7 +106,7 @@ class Status:
     # Health
 
     def stuck_threads(self) -> list[str]:
-        """Return the names of threads that are dead, or have been unresponsive for health_timeout_seconds."""
+        """Return the names of threads that are dead or have been unresponsive for health_timeout_seconds."""
         latest = time.monotonic() - self.context.settings.health_timeout_seconds
         parts = [(part.thread, part.due_at) for part in (*self._workers, self._expiry, self._snapshotter) if part]
         store = self.context.store
@@ -153,7 +153,7 @@ class Status:
         yield Fact("received_bytes", "Bytes received from clients.", counters.bytes_in)
         yield Fact("sent_bytes", "Bytes sent to clients.", counters.bytes_out)
         yield Fact("errors", "Error replies, by code.", counters.errors, "code")
-        yield Fact("failures", "Connections closed, and HTTP requests failed, because of a bug.", counters.failures)
+        yield Fact("failures", "Connections closed and HTTP requests failed because of a bug.", counters.failures)
         yield Fact("auth_failures", "Authentication attempts with an invalid token.", counters.wrong_tokens)
 
     def background(self) -> Iterator[Fact]:

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from dsmq.store.groups import Groups
     from dsmq.store.selection import Selection
 
-# Overhead for the limits on bytes: added to the body of each message, and to the name of each topic with messages.
+# Overhead for the limits on bytes: added to the body of each message and to the name of each topic with messages.
 MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES = 100, 500
 
 T = TypeVar("T")
 Answer: TypeAlias = T | Future[T]
 """A store's answer: a value, or a future if the store answers later."""
 Outcome: TypeAlias = int | ReplyError
-"""The id of a stored message, or the reason why it was not stored."""
+"""The id of a stored message or the reason why it was not stored."""
 
 
 class Message(NamedTuple):
@@ -131,14 +131,14 @@ class Totals(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """The number of runs of an operation, and their total time."""
+    """The number of runs of an operation and their total time."""
 
     times: int = 0
     seconds: float = 0.0
 
 
 class EngineStats(NamedTuple):
-    """The engine that holds a store's messages, and the store's mirror of them. Counts are since the start."""
+    """The engine that holds a store's messages and the store's mirror of them. Counts are since the start."""
 
     name: str
     node: str
@@ -234,7 +234,7 @@ class Store(Protocol):
     def append(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
         """Store messages in order; return an outcome for each. Raises Full, Forgotten or StoreFailed if none is stored.
 
-        A store that answers at once stores all or none. Its ids increase.
+        A store that answers immediately stores all or none. Its ids increase.
         """
 
     def append_together(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
@@ -298,7 +298,7 @@ class Store(Protocol):
 
     @property
     def lost_ids(self) -> list[int]:
-        """The ranges of ids of this epoch that were lost by kills: the id before each range, and its last id."""
+        """The ranges of ids of this epoch that were lost by kills: the id before each range and its last id."""
 
     def stats(self, topic: bytes, after: int = 0) -> TopicStats:
         """Return a topic's statistics for a reader that has read up to `after`; zeros if the topic is empty."""
@@ -349,7 +349,7 @@ class Store(Protocol):
 
 
 class LocalStore:
-    """Methods for a store that has no engine and answers at once."""
+    """Methods for a store that has no engine and answers immediately."""
 
     is_shared = False
     max_message_bytes = sys.maxsize

@@ -40,7 +40,7 @@ EXPIRY_ROWS, EXPIRY_BYTES = 100, 131_072
 COPY_TOPICS, COPY_ROWS, COPY_BYTES = 500, 64, 16_384
 PAGE_BYTES = 4096
 # If more pages than this, and more than 1/16 of all, are free, expiry releases them, so that long bodies can use their
-# memory. Releasing 80 at a time holds the lock for 0.4 ms, and is faster than pages become free.
+# memory. Releasing 80 at a time holds the lock for 0.4 ms and is faster than pages become free.
 FREE_PAGES, FREE_PAGES_PART, VACUUM_PAGES = 256, 16, 80
 # Instructions of SQLite's virtual machine between calls of the progress handler.
 PROGRESS_INSTRUCTIONS = 1000
@@ -184,7 +184,7 @@ class Database:
         self.long_bytes += sum(map(len, bodies.values()))
 
     def renumber(self, shifts: list[tuple[int, int]]) -> None:
-        """Shift the numbers of all messages of topics. `shifts`: how far, and the topic's id."""
+        """Shift the numbers of all messages of topics. `shifts`: pairs of a shift and a topic's id."""
         with self.transaction("write"):
             self.connection.executemany("UPDATE chunks SET last_number = last_number + ? WHERE topic = ?", shifts)
 
@@ -290,7 +290,7 @@ class Database:
         return (pages - free) * PAGE_BYTES
 
     def _count_pages(self) -> tuple[int, int]:
-        """Return the number of pages, and how many of them are free."""
+        """Return the number of pages and how many of them are free."""
         [(pages,)] = self.connection.execute("PRAGMA page_count")
         [(free,)] = self.connection.execute("PRAGMA freelist_count")
         return pages, free
@@ -322,7 +322,7 @@ class Database:
         return found
 
     def copy_to(self, file: Path, on_progress: Callable[[], None]) -> list[Batch]:
-        """Copy all tables to an empty file, which is faster than row by row, and leaves no traces of deleted messages.
+        """Copy all tables to an empty file, which is faster than row by row and leaves no traces of deleted messages.
 
         on_progress is called periodically; its exceptions end the copy. Returns batches that add the long bodies.
         """

@@ -15,7 +15,7 @@ from dsmq.store.group import Group, GroupCounts, HeldJob
 if TYPE_CHECKING:
     from dsmq.store.groups import Source
 
-# Max groups described for a client at once, and max seconds spent on that.
+# Max groups described for a client at once and max seconds spent on that.
 MAX_FIRST, _FIRST_SECONDS = 20, 0.002
 # Max jobs tried to find the oldest one whose message has not expired.
 _MAX_PEEKS = 10

@@ -1,7 +1,7 @@
-"""Jobs shared among workers: each message goes to one worker of a group, and to another if it is not done in time.
+"""Jobs shared among workers: each message goes to one worker of a group and to another if it is not done in time.
 
-Groups keep only the state of jobs: see `group`. Messages are read from the store when they are given, so they expire,
-and count towards limits, like all others.
+Groups keep only the state of jobs: see `group`. Messages are read from the store when they are given, so they expire
+and count towards limits like all others.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class GroupLimits(NamedTuple):
 
     max_groups: int = sys.maxsize
     max_jobs_in_flight: int = sys.maxsize
-    """In each group: jobs that workers hold, and those to be given again."""
+    """In each group: jobs that workers hold and those to be given again."""
     max_group_bytes: int = sys.maxsize
     """Approximate memory for all groups together."""
     max_attempts: int = 0
-    """A job given this many times, and not done, is moved to the topic for failed jobs. 0: never."""
+    """A job given this many times but not done is moved to the topic for failed jobs. 0: never."""
     max_topic_bytes: int = sys.maxsize
 
 
@@ -135,7 +135,7 @@ class Groups(GroupFigures):
         """Acquired before the store's."""
         self.limits = GroupLimits()
         self.slice_seconds = 0.0005
-        """How long to search for jobs, or to give them again, while holding the lock."""
+        """How long to search for jobs or give them again while holding the lock."""
         self.on_messages: Callable[[set[bytes]], None] = lambda _: None
         """Called with the topics into which failed jobs were put."""
         self.on_available: Callable[[tuple[bytes, bytes]], None] = lambda _: None
@@ -254,7 +254,7 @@ class Groups(GroupFigures):
         return Found(found[-1].id if found else group.position, found, is_complete=True)
 
     def _give_again(self, group: Group, request: Take, now: int) -> tuple[list[Job], bool]:
-        """Return jobs that were given before, and whether these are all that are ready or requested."""
+        """Return jobs that were given before and whether these are all that are ready or requested."""
         jobs: list[Job] = []
         size, until = 0, time.monotonic() + self.slice_seconds
         while len(jobs) < request.max_jobs and size < request.max_bytes and (job := group.next_ready()):
@@ -364,7 +364,7 @@ class Groups(GroupFigures):
         del self._groups[key]
 
     def _move_failed(self, group: Group, now: int) -> set[bytes]:
-        """Move failed jobs to their topics, or try again later; return the topics."""
+        """Move failed jobs to their topics or try again later; return the topics."""
         moved = set()
         for job in group.failed[:MAX_MOVED]:
             try:
@@ -428,7 +428,7 @@ def failed_put(job: HeldJob, body: bytes, limits: GroupLimits, key: tuple[bytes,
 
 
 def count_unmoved(group: Group, job: HeldJob, error: Exception) -> None:
-    """Count an unsuccessful attempt to move a failed job to its topic, and log the group's first."""
+    """Count an unsuccessful attempt to move a failed job to its topic and log the group's first."""
     if not group.counts.unmoved:
         topic = job.topic.decode()
         name, about = quoted(topic + FAILED_SUFFIX.decode()), logs.event("job_not_moved", topic=topic)

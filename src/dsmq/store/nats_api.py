@@ -14,7 +14,7 @@ FULL = frozenset((10002, 10023, 10028, 10047, 10077))
 
 
 class EngineError(DSMQError):
-    """The engine refuses a request, or does not answer."""
+    """The engine refuses a request or does not answer."""
 
     def __init__(self, text: str, code: int = 0) -> None:
         super().__init__(text)

@@ -1,6 +1,6 @@
 """A fast connection to a NATS server, for publishing and for the messages of a push consumer.
 
-The official client needs two to three times the processor time for these, and closes permanently after some errors. It
+The official client needs two to three times the processor time for these and closes permanently after some errors. It
 is used for everything else: see `nats_stream`. The protocol:
 https://docs.nats.io/reference/reference-protocols/nats-protocol
 """
@@ -249,7 +249,7 @@ class NATSConnection:
                 self.on_lost()
 
     def _fail(self, error: Exception) -> None:
-        """Record why there is no connection, and log it once, not at each attempt."""
+        """Record why there is no connection and log it once, not at each attempt."""
         is_refused = isinstance(error, Refused)
         is_reported = self._is_reported and (isinstance(self.error, Refused) or not is_refused)
         # asyncio's timeouts have no message.

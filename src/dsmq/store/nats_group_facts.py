@@ -1,4 +1,4 @@
-"""Publishes facts about groups of workers, and applies the facts of all servers in the order of the stream."""
+"""Publishes facts about groups of workers and applies the facts of all servers in the order of the stream."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Changes to groups of workers: a server plans them, and all mirrors make them as they arrive from the stream.
 
-A planned change is written to the stream as a fact, in JSON. It contains the result, and the state that it was planned
-for: the group's position, and the version of each job that it changes. A mirror makes a change only if both still
+A planned change is written to the stream as a fact, in JSON. It contains the result and the state that it was planned
+for: the group's position and the version of each job that it changes. A mirror makes a change only if both still
 match, so if two servers plan to give the same job, the fact that comes first in the stream wins on all mirrors. This
 depends neither on clocks nor on message bodies.
 """
@@ -25,7 +25,7 @@ _JOB_BYTES, _NAME_FACTOR = 80, 6
 _MAX_JOBS = 100
 
 Version = tuple[int, int]
-"""The id of a job, and its version."""
+"""The id of a job and its version."""
 
 
 class Refused(Exception):
@@ -75,7 +75,7 @@ class SharedGroup(Group):
         self.failed.append(job)
 
     def unfit(self, versions: Iterable[Version]) -> bool:
-        """Return whether any of these jobs is done, or has changed."""
+        """Return whether any of these jobs is done or has changed."""
         return any((job := self.jobs.get(one)) is None or job.version != version for one, version in versions)
 
 
@@ -97,7 +97,7 @@ class _Given:
 
 @dataclass(slots=True)
 class Plan(Group):
-    """A stand-in for a group: gives its jobs without changing it, and records the changes."""
+    """A stand-in for a group: gives its jobs without changing it and records the changes."""
 
     group: SharedGroup = field(kw_only=True)
     max_jobs: int = field(kw_only=True)
@@ -109,7 +109,7 @@ class Plan(Group):
     _popped: dict[int, HeldJob] = field(default_factory=dict)
     _planned: int = 0
     _repeated: int = 0
-    """The number of jobs given again, or given for repeated requests."""
+    """The number of jobs given again or given for repeated requests."""
     tokens: set[bytes] = field(default_factory=set)
     """The tokens of the requests in the plan."""
 

@@ -1,6 +1,6 @@
 """Groups of workers over NATS: each change is a fact in the stream, which all mirrors apply in the same order.
 
-A server publishes a fact, and answers once its own mirror has it, because only then is it known whether the fact still
+A server publishes a fact and answers once its own mirror has it, because only then is it known whether the fact still
 applied: see `nats_group_plan`. If not, it plans again. For each group, a server has at most one fact with jobs to give
 in flight; requests that arrive meanwhile share the next.
 """
@@ -159,7 +159,7 @@ class NATSGroups(GroupFacts, Groups):
             self._plan_next(key, lane)
 
     def _plan_next(self, key: Key, lane: _Lane) -> None:
-        """Plan jobs for the requests of a group, and publish the plan. Requires the lock."""
+        """Plan jobs for the requests of a group and publish the plan. Requires the lock."""
         plan: Plan | None = None
         given: list[_Asked] = []
         while lane.queue and (plan is None or self._has_room(plan, lane.queue[0].request)):
@@ -222,7 +222,7 @@ class NATSGroups(GroupFacts, Groups):
         return False
 
     def _refuse(self, key: Key, asked: _Asked, error: ReplyError | None) -> None:
-        """Answer without jobs, or with an error. If the mirror may lag, try again first."""
+        """Answer without jobs or with an error. If the mirror may lag, try again first."""
         may_lag = asked.request.is_waiting and not isinstance(error, StoreFailed)
         if not (asked.is_fresh or may_lag):
             asked.is_fresh = True
@@ -281,7 +281,7 @@ class NATSGroups(GroupFacts, Groups):
         return [job for job in group.failed if (key, job.id) not in self._ending][:MAX_MOVED]
 
     def _end(self, key: Key, job_id: int, what: str, *values: object) -> None:
-        """Publish a fact about a failed job, or about an unused group (0), unless one is in flight."""
+        """Publish a fact about a failed job or about an unused group (0), unless one is in flight."""
         ending = key, job_id
         if ending not in self._ending:
             self._ending.add(ending)

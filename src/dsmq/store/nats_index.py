@@ -111,11 +111,11 @@ class ReadIndex:
         """Return the id of the engine's last message; None if it is not certain."""
         mirrored = self._mirror.store.last_id()
         last_id = await self._ask()
-        # A lower id comes from a leader that does not know its last id yet, or from a new stream.
+        # A lower id comes from a leader that does not know its last id yet or from a new stream.
         return last_id if last_id is not None and last_id >= mirrored else None
 
     async def _ask(self) -> int | None:
-        """Return the id of the engine's last message; None if it does not answer, or is not certain."""
+        """Return the id of the engine's last message; None if it does not answer or is not certain."""
         asked = boot_time()
         if asked >= self._stream.sole_leader_until:
             proof = await self._publish()
@@ -134,8 +134,8 @@ class ReadIndex:
     async def _last_id_if_full(self, asked: float) -> int | None:
         """Return the id of the engine's last message, once a majority has followed its leader for a while.
 
-        The stream has no room for a message that would prove this at once. Messages in flight between the nodes when
-        the read arrived prove nothing, hence the wait.
+        The stream has no room for a message that would prove this immediately. Messages in flight between the nodes
+        when the read arrived prove nothing, hence the wait.
         """
         while boot_time() < asked + PROOF_SECONDS:
             await asyncio.sleep(INDEX_SECONDS)

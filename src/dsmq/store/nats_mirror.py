@@ -146,7 +146,7 @@ class Mirror(Fold):
             await asyncio.gather(*self._deletions, return_exceptions=True)
 
     def _fail(self, error: EngineError) -> None:
-        """Record why the stream is not being followed, and log it once, not at each attempt."""
+        """Record why the stream is not being followed and log it once, not at each attempt."""
         self.error = error
         if self._is_reported or self._is_explained():
             _logger.debug("not following the stream: %s", error)

@@ -169,9 +169,9 @@ class Publisher:
             self._failed.put_nowait(error)
 
     def _finish(self, outcomes: list[Outcome], *, is_sure: bool) -> None:
-        """Send the next batch, and answer this one.
+        """Send the next batch and answer this one.
 
-        If reads of the same transaction follow, or if the engine may have stored it twice, it is answered once the
+        If reads of the same transaction follow or if the engine may have stored it twice, it is answered once the
         mirror has it. The engine may store a put twice, because it forgets ids sooner than the mirrors do, and because
         a new leader repeats what the previous one began.
         """
@@ -204,7 +204,7 @@ class Publisher:
         return taken
 
     def _outcomes(self, batch: _Batch, ack: Ack | None, *, is_sent: bool) -> list[Outcome]:
-        """Return the outcomes of a batch; none if they are unknown, or if it has to be split or retried.
+        """Return the outcomes of a batch; none if they are unknown or if it has to be split or retried.
 
         `is_sent`: an earlier attempt may have stored it.
         """
@@ -227,7 +227,7 @@ class Publisher:
         return await self._publish_parts(batch, ack, is_sent=is_sent) or await self._publish(batch, is_sent=is_sent)
 
     async def _publish_parts(self, batch: _Batch, ack: Ack | None, *, is_sent: bool) -> list[Outcome]:
-        """Publish a batch in another way if the engine has refused it; otherwise wait, and return no outcomes."""
+        """Publish a batch in another way if the engine has refused it; otherwise wait and return no outcomes."""
         if len(batch.messages) > 1 and ack is not None and (ack.id or ack.code not in (0, _IN_PROCESS)):
             if not batch.together:
                 # The batch contains repeated puts, or the stream has no room for all of it.

@@ -143,7 +143,7 @@ class FreshReads(MirroredStore):
         self.post(partial(self._index.add, call))
 
     def purge(self, selection: Selection) -> Iterator[Answer[int]]:
-        """Make all servers purge their mirrors, and wait for this server's."""
+        """Make all servers purge their mirrors and wait for this server's."""
         done: Future[int] = Future()
         counts: list[int] = []
 

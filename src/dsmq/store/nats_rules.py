@@ -1,6 +1,6 @@
 """The rules for topics over NATS: they are stored in the stream, and all mirrors apply them from that point on.
 
-The last rules apply. A server writes the rules in its settings when it starts, and when they change, if the stream has
+The last rules apply. A server writes the rules in its settings when it starts and when they change, if the stream has
 others; a server without rules in its settings adopts the stream's.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dsmq.store.nats_stream import Stream
     from dsmq.store.sqlite import MirrorStore
 
-# How long to try to write rules, and how long a reload waits for that.
+# How long to try to write rules and how long a reload waits for that.
 WRITE_SECONDS, RELOAD_SECONDS = 20.0, 5.0
 _RETRY_SECONDS = 0.25
 
@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 
 class StreamRules:
-    """The limits in this server's settings, and the stream's rules, which override some of them."""
+    """The limits in this server's settings and the stream's rules, which override some of them."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

@@ -107,7 +107,7 @@ class Stream:
         self.facts_prefix = f"{name}.facts.".encode()
         self._client = Client()
         self.sole_leader_until = self.majority_at = -math.inf
-        """By `boot_time`: until when no other node can become the leader, and when a majority last followed one."""
+        """By `boot_time`: until when no other node can become the leader and when a majority last followed one."""
         self.heard_at = -math.inf
         """When the leader last had contact with a majority, as of its last answer."""
         self.leader = ""
@@ -155,7 +155,7 @@ class Stream:
             await _close(self._client)
 
     async def open(self) -> None:
-        """Create the stream if it does not exist. Raises StartupError if it is not dsmq's, or can't be used."""
+        """Create the stream if it does not exist. Raises StartupError if it is not dsmq's or can't be used."""
         # Set first, so that a concurrent change is not lost.
         self.is_configured = True
         try:
@@ -317,7 +317,7 @@ class Stream:
     # Facts
 
     async def read_facts(self) -> list[tuple[int, dict[bytes, int]]]:
-        """Return the topics' last numbers, in parts: an id, and the numbers as of that id."""
+        """Return the topics' last numbers, in parts: an id and the numbers as of that id."""
         parts = []
         for part in range(FACT_PARTS):
             if found := await self._last_of(f"{self.name}.facts.{part}"):
@@ -349,7 +349,7 @@ class Stream:
         return self._client.max_payload - HEADER_BYTES
 
     async def publish(self, subject: str, body: bytes, headers: dict[str, str]) -> int:
-        """Publish a message, and wait until it is stored; return its id."""
+        """Publish a message and wait until it is stored; return its id."""
         if len(body) > self.max_body_bytes:
             raise EngineError(f"a message of {len(body)} bytes is longer than the engine accepts (max_payload)")
         return int(_parse(await self._ask(subject, body, _API_SECONDS, headers))["seq"])
@@ -359,7 +359,7 @@ class Stream:
         return found and found.body
 
     async def find(self, **which: object) -> StoredMessage | None:
-        """Return the message with an id (`seq`), or the last one with a subject (`last_by_subj`), if there is one."""
+        """Return the message with an id (`seq`) or the last one with a subject (`last_by_subj`), if there is one."""
         try:
             found = (await self._request(f"STREAM.MSG.GET.{self.name}", which))["message"]
         except EngineError as error:

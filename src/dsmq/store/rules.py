@@ -1,4 +1,4 @@
-"""The limits and age for each topic, from the first rule that matches its name, or else the general ones."""
+"""The limits and age for each topic, from the first rule that matches its name or else the general ones."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ SCAN_SECONDS = 0.0003
 MAX_MERGED_TOPICS = 16
 # Max topics remembered as matching a selection.
 MAX_MATCHES = 1_000
-# Topics matched, and messages merged, between two checks of the time.
+# Topics matched and messages merged between two checks of the time.
 MATCH_STEP, MERGE_STEP = 128, 32
 
 _Candidate: TypeAlias = tuple[int, int, int, int, Topic, int, int, bytes | None]
@@ -124,7 +124,7 @@ class SelectionReads:
         return list(self._topics.by_name)
 
     def backlog(self, selection: Selection, after: int, given: Mapping[bytes, int], until: float) -> tuple[int, int]:
-        """Return how many messages of a selection have ids above `after`, and the age of the first in milliseconds.
+        """Return how many messages of a selection have ids above `after` and the age of the first in milliseconds.
 
         `given` has the topics' last numbers as of `after`. Both figures may be too high: the age if more than a few
         topics have such messages, and the number if more topics match than are remembered or can be matched in time.
@@ -175,7 +175,7 @@ class SelectionReads:
     def _match(self, selection: Selection, backlog: int, until: float) -> bool:
         """Match topics until a deadline; return whether a read over `backlog` ids can begin.
 
-        It can if all topics have been matched, or if scanning all rows is faster.
+        It can if all topics have been matched or if scanning all rows is faster.
         """
         if not selection.patterns or not backlog:
             return True

@@ -43,7 +43,7 @@ class Topic:
         self.deleted = last_number
         # The newest message that any client has read.
         self.read_number = self.read_id = 0
-        # The messages in the write buffer, and the topic's last id in the database, or 0.
+        # The messages in the write buffer and the topic's last id in the database, or 0.
         self.buffered: list[StoredMessage] = []
         self.written_id = 0
         # The last dropped id. Dropped messages may still be in the database: in the row of the oldest remaining
@@ -78,7 +78,7 @@ class Topic:
         self.read_number += shift if self.read_number else 0
 
     def delete_first(self, count: int, size: int) -> int:
-        """Subtract deleted messages, and the bytes of their bodies; return the number of unread ones."""
+        """Subtract deleted messages and the bytes of their bodies; return the number of unread ones."""
         first_unread = max(self.deleted, self.read_number)
         self.deleted += count
         self.bytes -= size
@@ -93,7 +93,7 @@ Counts: TypeAlias = dict[Topic, tuple[int, int]]
 
 
 class TopicTable:
-    """All topics, and the sums over them."""
+    """All topics and the sums over them."""
 
     def __init__(self, rules: Rules) -> None:
         self.set_rules(rules)
@@ -202,7 +202,7 @@ class TopicTable:
         self.topic_bytes = accounted_topic_bytes(self.by_name)
 
     def subtract_restored(self, topic: Topic, count: int, size: int) -> None:
-        """Subtract messages that are in a snapshot, but were dropped before it."""
+        """Subtract messages that are in a snapshot but were dropped before it."""
         topic.delete_first(count, size)
         self.bytes -= size
         self.restored -= count

@@ -54,7 +54,7 @@ def host_names(text: str) -> frozenset[str]:
 
 
 def parse_store(text: str) -> tuple[list[Endpoint], bool]:
-    """Parse `nats://host:port,host:port`, with default port 4222; return the servers, and whether to use TLS.
+    """Parse `nats://host:port,host:port`, with default port 4222; return the servers and whether to use TLS.
 
     Empty text means no servers. Raises ValueError.
     """

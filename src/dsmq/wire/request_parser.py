@@ -168,7 +168,7 @@ class RequestParser(Input):
         """
         data = self._data[self._at : self._at + MAX_SPLIT_BYTES]
         tokens = data.split(CRLF, _MAX_SPLIT_TOKENS)
-        # The last token is incomplete, or was not split.
+        # The last token is incomplete or was not split.
         last = len(tokens) - 1
         at, count = 0, _short_count(tokens[0])
         while count and (end := at + 1 + 2 * count) <= last:
@@ -214,7 +214,7 @@ class RequestParser(Input):
 
 
 def split_line(line: bytes) -> list[bytes]:
-    """Split an inline request into words, and resolve quotes and escapes. Raises ProtocolError."""
+    """Split an inline request into words and resolve quotes and escapes. Raises ProtocolError."""
     words = []
     at = 0
     line = line.strip(b" \t\r")

@@ -166,7 +166,7 @@ class ReplyParser(Input):
             self._open[-1][0].append(values)
 
     def _value(self) -> Reply:
-        """Return the next value. For an array, only parse its header, and add it to the open arrays."""
+        """Return the next value. For an array, only parse its header and add it to the open arrays."""
         data, at = self._data, self._at
         end = data.find(CRLF, at)
         if end <= at:
@@ -175,7 +175,7 @@ class ReplyParser(Input):
                 raise ProtocolError(f"not a reply: {quoted(CRLF)}")
             if len(data) - at > MAX_LINE_BYTES:
                 raise ProtocolError("no end of line in a reply")
-            # One more than allowed, so that a line that is too long is parsed, and rejected.
+            # One more than allowed, so that a line that is too long is parsed and rejected.
             raise _Incomplete(1, MAX_LINE_BYTES - (len(data) - at) + 1)
         kind = data[at]
         line = data[at + 1 : end]
@@ -205,7 +205,7 @@ class ReplyParser(Input):
         return self._data[at:end]
 
     def _begin_array(self, count: int) -> Reply:
-        """Return an empty array, or add one to the open arrays."""
+        """Return an empty array or add one to the open arrays."""
         if count > _MAX_REPLY_ELEMENTS or len(self._open) >= MAX_DEPTH:
             raise ProtocolError(f"an array of {count} at depth {len(self._open)}")
         if not count:
@@ -220,7 +220,7 @@ class ReplyParser(Input):
         """
         data = self._data[self._at : self._at + MAX_SPLIT_BYTES]
         tokens = data.split(CRLF)
-        # The last token is incomplete, or was not split.
+        # The last token is incomplete or was not split.
         last = len(tokens) - 1
         token, left = 0, count - len(values)
         while token < last and left:
@@ -243,7 +243,7 @@ class ReplyParser(Input):
 
 
 class _Incomplete(Exception):
-    """The arguments are the min number of missing bytes, and the max number of bytes that the line may still have."""
+    """The arguments are the min number of missing bytes and the max number of bytes that the line may still have."""
 
 
 def parse_length(digits: bytes) -> int:
@@ -367,7 +367,7 @@ def encode_jobs(jobs: Sequence[tuple[bytes, int, int, int, bytes, int, int]]) ->
 
 
 def encode_found(position: int, messages: Sequence[tuple[bytes, int, int, int, bytes, int]]) -> Encoded:
-    """Encode a reply to MREAD: a position, and six values per message."""
+    """Encode a reply to MREAD: a position and six values per message."""
     parts = [b"*%d\r\n:%d\r\n" % (1 + 6 * len(messages), position)]
     for topic, message_id, number, age, body, left in messages:
         head = len(topic), topic, message_id, number, age, len(body)

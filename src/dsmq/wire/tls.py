@@ -33,7 +33,7 @@ _REASONS = {
 }
 
 _Source: TypeAlias = tuple[str, str]
-"""A setting, and the file that it names."""
+"""A setting and the file that it names."""
 
 
 def server_context(cert_file: str, key_file: str, client_ca_file: str) -> ssl.SSLContext:
@@ -224,7 +224,7 @@ class TLSSocket:
 
     def shutdown(self, how: int) -> None:
         with contextlib.suppress(OSError, ValueError):
-            # Sends close_notify, but does not wait for the peer's.
+            # Sends close_notify but does not wait for the peer's.
             self._socket.unwrap()
         self._socket.shutdown(how)
 
