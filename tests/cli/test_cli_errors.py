@@ -104,7 +104,7 @@ def test_unix_socket_is_removed_on_stop(tmp_path: Path) -> None:
         ("stats t u", "quote a topic with spaces: dsmq stats 't u'"),
         ("stats t*", "'t*' is a pattern"),
         ("stop now", "'now'"),
-        ("completion tcsh", "SHELL should be one of bash, zsh, fish, not 'tcsh'"),
+        ("completion tcsh", "SHELL must be one of bash, zsh, fish, not 'tcsh'"),
         ("completion", "SHELL"),
         ("watch --interval 0", "--interval"),
         ("ping -p 0", "--port: '0' is not a port number"),
@@ -432,7 +432,7 @@ def test_dsmq_alone_prints_help_with_five_examples() -> None:
 def test_help_ignores_invalid_environment(command: str) -> None:
     status, out, err = result(*command.split(), env={"DSMQ_HOST": "100%", "DSMQ_PORT": "%d"})
     assert (status, err) == (0, b"")
-    assert b"Exit statuses: 0 done" in out
+    assert b"Exit status: 0 success" in out
 
 
 def test_serve_help_groups_options_by_subject() -> None:

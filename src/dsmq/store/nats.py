@@ -1,12 +1,12 @@
 """A store shared by several servers: a NATS JetStream stream, which each server mirrors in SQLite.
 
-A put is published to the stream, and acknowledged once a majority of the engine's nodes has stored it; its id is its
-sequence number in the stream. Each server has its own consumer, and answers reads from its mirror. Each mirror numbers
+A put is published to the stream and acknowledged once a majority of the engine's nodes has stored it; its id is its
+sequence number in the stream. Each server has its own consumer and answers reads from its mirror. Each mirror numbers
 the messages of topics and detects repeated puts by itself; all mirrors agree, because they apply the same messages in
 the same order.
 
 A mirror may lag. So before a read returns nothing, and before every read of the latest message, the server asks the
-engine for the id of its last message, and waits until the mirror has it.
+engine for the id of its last message and waits until the mirror has it.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class NATSStore(SharedLimits, FreshReads):
 
     @property
     def _is_disconnected(self) -> bool:
-        # A silent connection counts as connected until it is dropped, because a new one may follow at once.
+        # A silent connection counts as connected until it is dropped, because a new one may follow immediately.
         return not self.connection.connected and self.connection.silent_seconds > DISCONNECT_SECONDS
 
     @property
@@ -160,7 +160,7 @@ class NATSStore(SharedLimits, FreshReads):
         finally:
             self.publisher.close()
             self._ready.set()
-            # The official client leaves tasks if one of its connections was being replaced.
+            # The official client leaves tasks behind if one of its connections was being replaced.
             left = asyncio.all_tasks(self._loop)
             for task in left:
                 task.cancel()
@@ -260,7 +260,7 @@ class NATSStore(SharedLimits, FreshReads):
         return self._append(puts, together=False)
 
     def publish_job_fact(self, fact: bytes, answer: Future[list[Outcome]]) -> None:
-        """Publish a change of a group of workers. Raises StoreFailed."""
+        """Publish a change to a group of workers. Raises StoreFailed."""
         self.post(partial(self.publisher.put_fact, self.mirror.jobs_subject, fact, answer))
 
     def append_together(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
@@ -286,7 +286,7 @@ class NATSStore(SharedLimits, FreshReads):
         self.post(partial(self.publisher.put, new, published, together=together))
         return answer
 
-    # The start of clients
+    # New clients
 
     def start_id(self) -> Future[int]:
         answer: Future[int] = Future()
@@ -333,7 +333,7 @@ class NATSStore(SharedLimits, FreshReads):
 
 
 def _merge(known: list[int | None], answer: Future[list[Outcome]], published: Future[list[Outcome]]) -> None:
-    """Answer with the outcomes of new puts, and the ids of those that were already stored."""
+    """Answer with the outcomes of new puts and the ids of those that were already stored."""
     error = published.exception()
     if error is not None:
         answer.set_exception(error)

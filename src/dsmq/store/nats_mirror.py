@@ -36,7 +36,7 @@ CHECK_SECONDS = 1.0
 RECOVERY_SECONDS = 5.0
 RETRY_SECONDS = 0.25
 CLOSE_SECONDS = 2.0
-# How long to wait for a new consumer, at first and then. The engine may place it on a node that has just died.
+# How long to wait for a new consumer, at first and later. The engine may place it on a node that has just died.
 FIRST_CREATE_SECONDS, CREATE_SECONDS = 0.5, 1.0
 # The number of checks that may find the stream behind the mirror, because answers may be stale, before its messages
 # count as lost.
@@ -55,7 +55,7 @@ class Lag:
 
     def __init__(self) -> None:
         self._stream_id = self._mirrored_id = 0
-        # When the mirror was last complete; an id, and the time as of which it is complete once it has that id.
+        # When the mirror was last complete. Once it has the id in `_next`, it is complete as of the time there.
         self._complete_at = boot_time()
         self._next: tuple[int, float] | None = None
 
@@ -146,7 +146,7 @@ class Mirror(Fold):
             await asyncio.gather(*self._deletions, return_exceptions=True)
 
     def _fail(self, error: EngineError) -> None:
-        """Record why the stream is not being followed, and log it once, not at each attempt."""
+        """Record why the stream is not being followed and log it once, not at each attempt."""
         self.error = error
         if self._is_reported or self._is_explained():
             _logger.debug("not following the stream: %s", error)
@@ -219,7 +219,7 @@ class Mirror(Fold):
             self.store = self._new_store()
         self.groups.begin(self.store)
         self._stream.rules, self._stream.is_configured = None, False
-        # Delayed, because other threads may be reading it.
+        # Delayed, because other threads may be reading the old store.
         asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._close_oldest)
 
     def _close_oldest(self) -> None:
@@ -325,7 +325,7 @@ class Mirror(Fold):
             self.ready = True
             self.groups.begin_counts()
             if self.groups.count:
-                # Write the state before facts expire that are not part of the last one.
+                # Write the state before facts that are not part of the last one expire.
                 self._facts_at = -math.inf
             self.applied.set()
             self.on_ready()

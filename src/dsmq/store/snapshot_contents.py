@@ -1,4 +1,4 @@
-"""The tables of a snapshot other than messages: the store's state, and remembered puts."""
+"""The tables of a snapshot besides those of messages: the store's state and remembered puts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from dsmq.store.dedup import Deduplicator, Producer
 from dsmq.store.schema import Batch
 
-# Max remembered ranges of lost ids, and max last numbers in all of them. The last range is always kept in full.
+# Max remembered ranges of lost ids and max last numbers in all of them. The last range is always kept in full.
 MAX_LOST, MAX_LOST_NUMBERS = 100, 100_000
 # Max producers copied while the lock is held.
 COPY_PRODUCERS = 20
