@@ -30,6 +30,7 @@ from dsmq.store.nats_api import EngineError
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.system import boot_time
 from engine import Engine, engine
+from helpers import forked, open_sockets
 
 PREFIXES = ("dsmq_engine_", "dsmq_mirror_")
 
@@ -337,6 +338,17 @@ def test_reason_why_the_store_is_not_ready() -> None:
         assert store.unready_reason == ""
     finally:
         store.close()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_forked_child_holds_no_connections_to_engine(shared_node: Engine, stream: str) -> None:
+    before = open_sockets()
+    with serving_from(shared_node, store_stream=stream) as server, wire_to(server) as wire:
+        first_id = wire.call("PUT", "t", "x")
+        client_side = os.readlink(f"/proc/self/fd/{wire.socket.fileno()}")
+        with forked(lambda: sorted(open_sockets() - before)) as left:
+            assert left == str([client_side])
+        assert wire.call("PUT", "t", "x") == first_id + 1
 
 
 def healthz(server: Server) -> list[str]:
