@@ -390,6 +390,7 @@ class Server:
             worker.abandon()
         for endpoint in self._http_endpoints:
             endpoint.close_inherited()
+        self._store.close_inherited()
         if self._snapshotter:
             self._snapshotter.close_inherited()
 

@@ -347,6 +347,9 @@ class Store(Protocol):
     def close(self) -> None:
         """Close the store; afterwards, other methods raise StoreFailed. Idempotent."""
 
+    def close_inherited(self) -> None:
+        """Close a forked process's copies of the sockets."""
+
 
 class LocalStore:
     """Methods for a store that has no engine and answers immediately."""
@@ -374,6 +377,8 @@ class LocalStore:
 
     def wait(self, _seconds: float) -> bool:
         return True
+
+    def close_inherited(self) -> None: ...
 
 
 def accounted_bytes(messages: int, size: int) -> int:

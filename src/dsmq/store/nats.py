@@ -14,6 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
+import selectors
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -69,7 +71,8 @@ class NATSStore(SharedLimits, FreshReads):
         self.thread = threading.Thread(target=self._run, name="dsmq-nats", daemon=True)
         self._servers, self._credentials, self._tls = servers, credentials or Credentials(), tls
         self.rules, self._max_age_ms = StreamRules(), 600_000
-        self._loop = asyncio.new_event_loop()
+        self._selector = selectors.DefaultSelector()
+        self._loop = asyncio.SelectorEventLoop(self._selector)
         self._ready = threading.Event()
         self._startup_error: StartupError | None = None
         self._main_task: asyncio.Task[None] | None = None
@@ -79,7 +82,7 @@ class NATSStore(SharedLimits, FreshReads):
         self.due_at = math.inf
         self._is_lost = False
         self._on_unusable: Callable[[str], None]
-        # Used in the loop's thread only, which has not started yet.
+        # These are used only in the loop's thread, which has not started yet.
         self.connection = NATSConnection(servers, self._credentials, tls, f"dsmq {stream}")
         self.requests = Requests(self.connection)
         self.stream = Stream(stream, replicas)
@@ -222,6 +225,13 @@ class NATSStore(SharedLimits, FreshReads):
         elif not self.thread.ident:
             self._loop.close()
         self.mirror.close()
+
+    def close_inherited(self) -> None:
+        # Replace them, because objects that are never used again still close their file descriptors at the end.
+        null = os.open(os.devnull, os.O_RDWR)
+        for watched in (self._selector.get_map() or {}).values():
+            os.dup2(null, watched.fd, inheritable=False)
+        os.close(null)
 
     def _cancel(self) -> None:
         if not self._is_closing and self._main_task is not None:
