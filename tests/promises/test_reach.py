@@ -181,7 +181,7 @@ def test_closing_broker_is_probed_in_its_own_protocol(connect: Connect) -> None:
         connect(port=port)
 
 
-def test_tls_server_is_recognized_at_once() -> None:
+def test_tls_server_is_recognised_at_once() -> None:
     with (
         front(b"\x15\x03\x03\x00\x02\x02\x46") as (port, accepted),
         pytest.raises(ConnectionError, match="require TLS"),
