@@ -83,7 +83,7 @@ def _add_options(command: str, parser: Parser) -> None:
         )
         add("--cluster", action="store_true", help=about)
     if command in ("serve", "config"):
-        # Imported here, because loading the settings takes longer than running a client command.
+        # Import this here, because loading the settings takes longer than running a client command.
         from dsmq.settings import add_options  # noqa: PLC0415
 
         add_options(parser)

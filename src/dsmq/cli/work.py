@@ -68,7 +68,7 @@ class _Worker:
     def take(self) -> Job | None:
         options = self._options
         try:
-            # Set first, so that no signal is missed in between.
+            # Set this first, so that no signal is missed in between.
             self._is_taking = True
             if self.stopped_by:
                 raise _Stopped

@@ -105,7 +105,7 @@ class HTTPEndpoint:
 
     def _waiting_longer_than(self, seconds: float) -> list[socket.socket]:
         latest = time.monotonic() - seconds
-        # Copied first, because other threads change the dict.
+        # Copy the dict first, because other threads change it.
         return [sock for sock, since in list(self.waiting_since.items()) if since <= latest]
 
     def _serve_in_thread(self, sock: socket.socket, address: object) -> None:
@@ -299,7 +299,7 @@ class _Handler(BaseHTTPRequestHandler):
         _logger.debug("HTTP: %s: %r", self.address_string(), format % args)
 
 
-# Served for any Host header, because health checks use arbitrary names.
+# Allowed with any Host header, because health checks use arbitrary names.
 PUBLIC_ROUTES = {"/healthz": _Handler.healthz, "/readyz": _Handler.readyz}
 # Require the token, if one is configured.
 PROTECTED_ROUTES = {

@@ -134,7 +134,7 @@ class Rates:
         """
         began, before = self._samples[0]
         seconds = max(now - began, 1e-9)
-        # Computed in C, because there may be 100,000 topics.
+        # Compute this in C, because there may be 100,000 topics.
         puts = list(map(operator.sub, last_numbers.values(), map(before.get, last_numbers, repeat(0))))
         chosen = heapq.nlargest(count, zip(puts, last_numbers, strict=True))
         if now - self._samples[-1][0] >= RATE_SECONDS:

@@ -52,7 +52,7 @@ class Systemd:
         self._watchdog = watchdog_seconds < math.inf
         self._status = ""
         self._address = "\0" + notify_socket[1:] if notify_socket.startswith("@") else notify_socket
-        # Opened in advance, because the watchdog must be notified even if no file descriptors are left.
+        # Open the socket in advance: the watchdog must be notified even if no file descriptors are left.
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if notify_socket[:1] in ("@", "/") else None
         if self._socket:
             self._socket.settimeout(NOTIFY_TIMEOUT_SECONDS)

@@ -90,7 +90,7 @@ class GroupFigures:
     def _describe(self, group: Group, until: float) -> GroupStats:
         with self.lock:
             held, again = group.in_flight, len(group.jobs) - group.in_flight
-            # In the order in which they were first given, which is the order of their ids.
+            # Jobs are in the order in which they were first given, which is the order of their ids.
             oldest = list(islice(group.jobs.values(), _MAX_PEEKS))
             position, counts = group.position, replace(group.counts)
             given = {topic: number for topic, (number, _) in group.numbers.items()}

@@ -82,7 +82,7 @@ class NATSStore(SharedLimits, FreshReads):
         self.due_at = math.inf
         self._is_lost = False
         self._on_unusable: Callable[[str], None]
-        # Used in the loop's thread only, which has not started yet.
+        # These are used only in the loop's thread, which has not started yet.
         self.connection = NATSConnection(servers, self._credentials, tls, f"dsmq {stream}")
         self.requests = Requests(self.connection)
         self.stream = Stream(stream, replicas)

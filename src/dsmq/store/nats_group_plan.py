@@ -228,14 +228,14 @@ def _apply_given(group: SharedGroup, given: list[Any], now: int, age_ms: int) ->
     token, worker, lease_ms, new, again, repeated = given
     until, since = now + max(0, lease_ms - age_ms), max(0, now - age_ms)
     jobs = []
-    # In the order of ids, like all jobs of a group.
+    # Add jobs in the order of ids, like all jobs of a group.
     for message_id, number, dropped, topic in sorted((*one, topic) for topic, found in new.items() for one in found):
         name = as_bytes(topic)
         group.count_until(name, number, dropped)
         jobs.append(group.add(message_id, name))
     group.counts.repeated += len(again)
     jobs += [group.jobs[one] for one, _ in again]
-    # In the order in which they are returned if the request is repeated.
+    # Give jobs in the order in which they are returned if the request is repeated.
     for job in sorted(jobs, key=lambda job: job.id):
         group.give(job, until, since, as_bytes(token), worker)
     for one, _ in repeated:

@@ -197,7 +197,7 @@ class Mirror(Fold):
         finally:
             self._connection.unsubscribe(subscription)
             self.apply()
-            # In the background, because it takes a second if the consumer was on a node that has died.
+            # Delete it in the background, because that takes a second if its node has died.
             deletion = asyncio.create_task(self._stream.delete_consumer(name))
             self._deletions.add(deletion)
             deletion.add_done_callback(self._deletions.discard)
@@ -219,7 +219,7 @@ class Mirror(Fold):
             self.store = self._new_store()
         self.groups.begin(self.store)
         self._stream.rules, self._stream.is_configured = None, False
-        # Delayed, because other threads may be reading the old store.
+        # Close the old store later, because other threads may be reading it.
         asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._close_oldest)
 
     def _close_oldest(self) -> None:

@@ -156,7 +156,7 @@ class Stream:
 
     async def open(self) -> None:
         """Create the stream if it does not exist. Raises StartupError if it is not dsmq's or can't be used."""
-        # Set first, so that a concurrent change is not lost.
+        # Set this first, so that a concurrent change is not lost.
         self.is_configured = True
         try:
             found = (await self._request(f"STREAM.INFO.{self.name}"))["config"]

@@ -170,7 +170,7 @@ class Removals:
         for topic in list(islice(self._undeleted, MAX_CHECKED)):
             rows += [row[0] for row in self._database.expired(sys.maxsize, topic.row, topic.dropped_id)]
             del self._undeleted[topic]
-            # Moved to the end, to be checked again.
+            # Move it to the end, to check it again.
             if rows or self._database.is_being_copied:
                 self._undeleted[topic] = None
             if len(rows) >= MAX_CHECKED:

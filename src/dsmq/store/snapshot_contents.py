@@ -76,7 +76,7 @@ def copy_state(lock: AbstractContextManager[None], state: SnapshotState, puts: D
         with lock:
             producers = puts.copy(names[first : first + COPY_PRODUCERS], state.last_id)
         yield from _producer_batches(producers, first)
-    # Written at the end, because a producer may be forgotten before it is copied.
+    # Write this last, because a producer may be forgotten before it is copied.
     yield "INSERT INTO state VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [state._replace(forgot_at=puts.forgot_at)[:8]]
     empty = [(name, *last) for name, last in state.empty_topics.items()]
     yield "INSERT INTO empty_topics VALUES (?, ?, ?)", empty

@@ -104,7 +104,7 @@ class TopicTable:
         self.last_row = 0
         # Messages since the start. `stored` includes `restored`, and `deleted` includes `dropped`.
         self.stored = self.restored = self.deleted = self.deleted_unread = self.dropped = 0
-        # By topic, including topics without messages.
+        # Dropped messages by topic, including topics without messages.
         self.dropped_by_name: dict[bytes, int] = {}
         # Rows of topics to check because the topics or the rules are new. None: no check is needed.
         self.unchecked: list[int] | None = None
