@@ -107,7 +107,7 @@ class Stream:
         self.facts_prefix = f"{name}.facts.".encode()
         self._client = Client()
         self.sole_leader_until = self.majority_at = -math.inf
-        """By `boot_time`: until when no other node can become the leader and when a majority last followed one."""
+        """Until when no other node can become the leader, and when a majority last followed one, by `boot_time`."""
         self.heard_at = -math.inf
         """When the leader last had contact with a majority, as of its last answer."""
         self.leader = ""
