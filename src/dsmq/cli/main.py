@@ -157,7 +157,8 @@ def _stop(_: argparse.Namespace, connect: Connect) -> None:
 
 def _purge(options: argparse.Namespace, connect: Connect) -> None:
     with connect() as mq:
-        sys.stdout.write(f"{mq.purge(options.topic)} messages purged\n")
+        count = mq.purge(options.topic)
+        sys.stdout.write(f"{count} message{'' if count == 1 else 's'} purged\n")
 
 
 def _stats(options: argparse.Namespace, connect: Connect) -> None:
