@@ -344,7 +344,7 @@ class Server:
 
     def _abandon(self) -> list[str]:
         """Skip the remaining stages of a stop. Stages that are done may be repeated, which takes no time."""
-        _logger.warning("interrupted: stopping at once", extra=logs.event("stop_interrupted"))
+        _logger.warning("interrupted: stopping immediately", extra=logs.event("stop_interrupted"))
         survivors = self._end_threads(time.monotonic())
         if self._snapshotter:
             survivors += self._snapshotter.abandon()

@@ -387,7 +387,7 @@ def test_proxy_that_closes_connections_is_reported(command: str) -> None:
         done = result(*command.split(), "--port", str(port))
         front.shutdown(socket.SHUT_RDWR)
         thread.join()
-    assert_one_line(done, 1, f"dsmq: 127.0.0.1:{port} accepts connections and closes them at once")
+    assert_one_line(done, 1, f"dsmq: 127.0.0.1:{port} accepts connections and closes them immediately")
     assert b"(--tls)" in done[2]
 
 

@@ -179,7 +179,7 @@ def set_time(path: Path, seconds: int) -> None:
 
 def copy_context(to: Path) -> None:
     """Copy the build context, according to .dockerignore."""
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         source, target = ROOT / line[1:], to / line[1:]
         if not line.startswith("!"):

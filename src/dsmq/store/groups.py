@@ -423,7 +423,7 @@ def failed_put(job: HeldJob, body: bytes, limits: GroupLimits, key: tuple[bytes,
     """Return the put into the topic for failed jobs. Raises BadRequest."""
     topic = job.topic + FAILED_SUFFIX
     if len(topic) > limits.max_topic_bytes:
-        raise BadRequest(f"a topic has at most {limits.max_topic_bytes} bytes, not {len(topic)}")
+        raise BadRequest(f"a topic may have at most {limits.max_topic_bytes} bytes, not {len(topic)}")
     return topic, body, key
 
 

@@ -269,7 +269,7 @@ class NATSStore(SharedLimits, FreshReads):
     def _append(self, puts: Sequence[Put], *, together: bool) -> Answer[list[Outcome]]:
         for topic, body, _ in puts:
             if len(topic) > MAX_TOPIC_BYTES:
-                raise TooBig(f"a topic has at most {MAX_TOPIC_BYTES} bytes with this store, not {len(topic)}")
+                raise TooBig(f"a topic may have at most {MAX_TOPIC_BYTES} bytes with this store, not {len(topic)}")
             if len(body) > self.max_message_bytes:
                 raise TooBig(f"the engine accepts at most {self.max_message_bytes} bytes (max_payload)")
         known = self.mirror.store.check(puts)

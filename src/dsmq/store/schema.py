@@ -134,6 +134,11 @@ def unpack(columns: Columns, after: int = 0) -> Iterator[StoredMessage]:
     """Iterate over the messages with ids above `after`."""
     put_at, last_number, packed, bodies = columns
     ids_and_sizes = array("q", packed)
+    if len(ids_and_sizes) == 2:
+        # Not sliced, because mypyc's slices copy even a whole body.
+        if ids_and_sizes[0] > after:
+            yield ids_and_sizes[0], last_number, put_at, bodies
+        return
     ids, sizes = ids_and_sizes[::2], ids_and_sizes[1::2]
     first = bisect_right(ids, after)
     number, end = last_number - len(ids) + first, sum(sizes[:first])

@@ -125,7 +125,7 @@ class RequestParser(Input):
             raise ProtocolError(f"expected '$', got {quoted(line)}")
         length = parse_length(line[1:])
         if length > self.max_message_bytes:
-            raise TooBig(f"a message has at most {self.max_message_bytes} bytes, not {length}")
+            raise TooBig(f"a message may have at most {self.max_message_bytes} bytes, not {length}")
         return length
 
     def _join(self, data: bytes) -> bytes:
@@ -235,7 +235,7 @@ def split_line(line: bytes) -> list[bytes]:
 
 
 def _wrong_count(count: int) -> NoReturn:
-    raise ProtocolError(f"a request has 1 to {MAX_ARGUMENTS} arguments, not {count}")
+    raise ProtocolError(f"a request should have 1 to {MAX_ARGUMENTS} arguments, not {count}")
 
 
 def _unescape(escape: re.Match[bytes]) -> bytes:
