@@ -122,7 +122,7 @@ def _add_get_options(parser: Parser) -> None:
     add("--format", type=formats.parse_format, metavar="FORMAT", help=formats.HELP)
     about = "print JSON lines with topic, id, number, put_at, position and message"
     add("--json", action="store_true", help=about)
-    about = "write one message, unchanged, to FILE, replacing FILE atomically, or with - to stdout"
+    about = "write one message, unchanged, to FILE, which is replaced atomically; -: to stdout"
     add("--output", type=file, metavar="FILE", help=about)
     add = parser.add_argument
     about = (

@@ -52,8 +52,8 @@ class HTTPEndpoint:
         self.is_exposed = listening.is_exposed(sock)
         self.thread = threading.Thread(target=self._run, name="dsmq-http", daemon=True)
         self.waiting_since: dict[socket.socket, float] = {}
-        """The open connections, oldest first, each with the time since when the server has been waiting for its client:
-        for a request or for a disconnect. Infinity while a request is being answered.
+        """The open connections, oldest first, each with the time at which the wait for its client began: for
+        a request or for a disconnect. Infinity while a request is being answered.
         """
         self._close = close
         self._stop = threading.Event()
@@ -261,7 +261,7 @@ class _Handler(BaseHTTPRequestHandler):
         return _json(HTTPStatus.OK, status.inspector.topic(name, with_messages=with_messages), _NO_STORE)
 
     def _query(self) -> dict[str, bytes]:
-        """Return the query's parameters; if one is repeated, the last one."""
+        """Return the query's parameters; if one is repeated, its last value."""
         text = self.path.partition("?")[2]
         found = parse_qsl(text, keep_blank_values=True, errors="surrogateescape", separator="&")
         return {name: value.encode(errors="surrogateescape") for name, value in found}

@@ -29,7 +29,7 @@ VARIABLES = (
 )
 # If systemd itself hangs, it must not block the main thread for longer than this.
 NOTIFY_TIMEOUT_SECONDS = 2.0
-# Requested in addition to stop_timeout_seconds, for the last stages of a stop and for Python's own exit.
+# Time requested in addition to stop_timeout_seconds, for the last stages of a stop and for Python's own exit.
 STOP_MARGIN_SECONDS = 5.0
 
 _logger = logging.getLogger(__name__)

@@ -285,7 +285,7 @@ class Store(Protocol):
         """Return the id of the newest message, or 0."""
 
     def expire(self) -> int:
-        """Delete some messages that have expired or exceed lowered limits; return how many; 0 if none are left."""
+        """Delete some messages that have expired or exceed lowered limits; return how many, or 0 if none are left."""
 
     def purge(self, selection: Selection, /) -> Iterator[Answer[int]]:
         """Delete the selected messages that are stored now, in short slices; yield the number deleted in each.

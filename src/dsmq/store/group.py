@@ -55,7 +55,7 @@ class GroupCounts:
     unmoved: int = 0
     """Unsuccessful attempts to move a job there, for example because that topic is full."""
     expired: int = 0
-    """Messages that expired before they were taken or before they were given again."""
+    """Messages that expired before they were taken or given again."""
     dropped: int = 0
     """Messages that their topic dropped before they were taken."""
 

@@ -141,7 +141,7 @@ class LimitChecker:
             raise Full(f"the server is full: {limit} = {most} reached")
 
     def _held(self, limit: str, name: bytes | None = None) -> tuple[int, int]:
-        """Return the current value for a limit and the limit."""
+        """Return the current value that a limit applies to and the limit."""
         if name is not None:
             topic = self._topics.find(name)
             kept = self._topics.rules.of(topic)

@@ -227,7 +227,7 @@ class NATSStore(SharedLimits, FreshReads):
         self.mirror.close()
 
     def close_inherited(self) -> None:
-        # Replace them, because objects that are never used again still close their file descriptors at the end.
+        # Replace the descriptors rather than close them, because the objects that own them still close them at exit.
         null = os.open(os.devnull, os.O_RDWR)
         for watched in (self._selector.get_map() or {}).values():
             os.dup2(null, watched.fd, inheritable=False)

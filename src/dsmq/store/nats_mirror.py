@@ -32,19 +32,18 @@ if TYPE_CHECKING:
 # A consumer that is silent for this long is lost; it sends a heartbeat once a second.
 LOST_SECONDS = 2.5
 CHECK_SECONDS = 1.0
-# Max time to follow the stream again after a lost connection, if nothing else is wrong.
+# Following the stream again after a lost connection takes less than this, unless something else is wrong.
 RECOVERY_SECONDS = 5.0
 RETRY_SECONDS = 0.25
 CLOSE_SECONDS = 2.0
 # How long to wait for a new consumer, at first and later. The engine may place it on a node that has just died.
 FIRST_CREATE_SECONDS, CREATE_SECONDS = 0.5, 1.0
-# The number of checks that may find the stream behind the mirror, because answers may be stale, before its messages
-# count as lost.
+# Messages count as lost once this many checks in a row find the stream behind the mirror; one answer may be stale.
 MAX_BEHIND = 3
 # The topics' numbers are written to the stream this many times per max_age, by any one of the servers.
 FACTS_PER_MAX_AGE = 4
 _FLOW_CONTROL = 100
-# Higher than any number of pending messages: not known yet.
+# An unknown number of pending messages: higher than any real one.
 _UNKNOWN = 1 << 62
 
 _logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """The rules for topics over NATS: they are stored in the stream, and all mirrors apply them from that point on.
 
-The last rules apply. A server writes the rules in its settings when it starts and when they change, if the stream has
+The latest rules apply. A server writes the rules in its settings when it starts and when they change, if the stream has
 others; a server without rules in its settings adopts the stream's.
 """
 
@@ -45,7 +45,7 @@ class StreamRules:
         """Whether the rules in the settings have changed since they were written."""
 
     def limits(self) -> Limits:
-        """Return the limits to apply: the stream's for what topics drop, otherwise this server's."""
+        """Return the limits to apply: those in the stream's rules, and this server's for the rest."""
         return decode_rules(self.fact or NO_RULES, self.own)
 
     def to_write(self) -> bytes | None:

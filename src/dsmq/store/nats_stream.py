@@ -63,7 +63,7 @@ MIN_VERSION = "2.12.1"
 DEDUPLICATION_SECONDS = 120
 # Messages stay in the stream for longer than max_age, because the servers decide when a message expires.
 _MARGIN, _MIN_MARGIN_SECONDS = 0.1, 60
-# Nodes delete messages by their own clocks, so a difference of less than the margin loses none.
+# Nodes delete messages by their own clocks, so clocks that differ by less than the margin lose none.
 CLOCK_TOLERANCE_SECONDS = _MIN_MARGIN_SECONDS
 _API_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 1
@@ -83,7 +83,7 @@ class StreamState(NamedTuple):
     now_ms: int
     """The engine's clock: milliseconds since 1970."""
     kept_ms: float = math.inf
-    """No message was put longer ago than this; infinite if none has expired."""
+    """How long the stream keeps messages; infinite if none has expired yet."""
 
 
 class StoredMessage(NamedTuple):
@@ -107,7 +107,7 @@ class Stream:
         self.facts_prefix = f"{name}.facts.".encode()
         self._client = Client()
         self.sole_leader_until = self.majority_at = -math.inf
-        """By `boot_time`: until when no other node can become the leader and when a majority last followed one."""
+        """Until when no other node can become the leader, and when a majority last followed one, by `boot_time`."""
         self.heard_at = -math.inf
         """When the leader last had contact with a majority, as of its last answer."""
         self.leader = ""

@@ -47,7 +47,7 @@ class Input:
 
     __slots__ = ("_at", "_chunk_bytes", "_chunks", "_data", "_line_room", "incomplete", "missing")
 
-    # Ends the wait for the rest of a line.
+    # Matches data that ends the wait for the rest of a line.
     _line_end: ClassVar[re.Pattern[bytes]]
 
     def __init__(self) -> None:

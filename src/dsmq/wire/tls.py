@@ -56,8 +56,8 @@ def client_context(
 ) -> ssl.SSLContext:
     """Return a client's context that verifies the server's certificate and name. Raises ConfigError.
 
-    ca_file has the authorities to trust instead of the system's, and `ca_name` is the setting that it comes from;
-    cert_file and key_file are for servers that require a client certificate.
+    ca_file contains the authorities to trust instead of the system's; `ca_name` is the name of its setting. cert_file
+    and key_file are for servers that require a client certificate.
     """
     context = _new_context(ssl.PROTOCOL_TLS_CLIENT)
     if cert_file:
