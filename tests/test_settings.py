@@ -479,7 +479,7 @@ def test_invalid_toml_is_reported(text: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_utf16_config_file_is_recognized(encoding: str, tmp_path: Path) -> None:
+def test_utf16_config_file_is_recognised(encoding: str, tmp_path: Path) -> None:
     file = toml(tmp_path, "port = 1001".encode(encoding))
     assert config_error(file) == f"{file}: should be UTF-8; this looks like UTF-16"
 

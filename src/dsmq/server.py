@@ -344,7 +344,7 @@ class Server:
 
     def _abandon(self) -> list[str]:
         """Skip the remaining stages of a stop. Stages that are done may be repeated, which takes no time."""
-        _logger.warning("interrupted: stopping at once", extra=logs.event("stop_interrupted"))
+        _logger.warning("interrupted: stopping immediately", extra=logs.event("stop_interrupted"))
         survivors = self._end_threads(time.monotonic())
         if self._snapshotter:
             survivors += self._snapshotter.abandon()
@@ -390,6 +390,7 @@ class Server:
             worker.abandon()
         for endpoint in self._http_endpoints:
             endpoint.close_inherited()
+        self._store.close_inherited()
         if self._snapshotter:
             self._snapshotter.close_inherited()
 

@@ -75,7 +75,7 @@ def test_single_exposed_address_prevents_start(hosts: tuple[str, str]) -> None:
         *[("0.0.0.0", True), ("::", True), ("\0dsmq-test-abstract", False), ("::ffff:0.0.0.0", True)],
     ],
 )
-def test_exposed_sockets_are_recognized(address: str, exposed: bool) -> None:
+def test_exposed_sockets_are_recognised(address: str, exposed: bool) -> None:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET if "." in address else socket.AF_UNIX
     with socket.socket(family) as sock:
         sock.bind(address if family == socket.AF_UNIX else (address, 0))

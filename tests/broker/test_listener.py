@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from dsmq.broker.listener import Listener
 from dsmq.client import connect
 from dsmq.errors import StartupError
 from dsmq.server import Server
+from helpers import forked, open_sockets
 
 # Names with several addresses
 
@@ -166,29 +167,6 @@ def test_accept_pauses_without_file_descriptors_and_resumes(server: Server) -> N
 
 
 @contextmanager
-def forked(run: Callable[[], object] = str) -> Iterator[str]:
-    """Fork a child process that lives until the end of the block; return the result of `run` in it, as text."""
-    result, output = os.pipe()
-    wait, end = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            os.close(end)
-            os.write(output, str(run()).encode() or b" ")
-            os.read(wait, 1)
-        finally:
-            os._exit(0)
-    os.close(output)
-    os.close(wait)
-    try:
-        yield os.read(result, 65536).decode()
-    finally:
-        os.close(end)
-        os.waitpid(child, 0)
-        os.close(result)
-
-
-@contextmanager
 def forked_without_hooks() -> Iterator[None]:
     """Fork a child process as a C library does, until the end of the block.
 
@@ -205,15 +183,6 @@ def forked_without_hooks() -> Iterator[None]:
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-
-
-def open_sockets() -> set[str]:
-    """Return the open sockets of this process, by inode."""
-    links = []
-    for descriptor in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):
-            links.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-    return {link for link in links if link.startswith("socket:")}
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -248,7 +217,7 @@ def test_closed_connection_ends_despite_forked_child(server: Server, wire: Wire)
         assert wire.ended()
 
 
-@pytest.mark.embedded("a child keeps the connections to the engine")
+@pytest.mark.embedded("snapshots")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_child_holds_no_server_sockets(tmp_path: Path) -> None:
     before = open_sockets()

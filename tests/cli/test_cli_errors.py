@@ -104,7 +104,7 @@ def test_unix_socket_is_removed_on_stop(tmp_path: Path) -> None:
         ("stats t u", "quote a topic with spaces: dsmq stats 't u'"),
         ("stats t*", "'t*' is a pattern"),
         ("stop now", "'now'"),
-        ("completion tcsh", "SHELL should be one of bash, zsh, fish, not 'tcsh'"),
+        ("completion tcsh", "SHELL must be one of bash, zsh, fish, not 'tcsh'"),
         ("completion", "SHELL"),
         ("watch --interval 0", "--interval"),
         ("ping -p 0", "--port: '0' is not a port number"),
@@ -387,7 +387,7 @@ def test_proxy_that_closes_connections_is_reported(command: str) -> None:
         done = result(*command.split(), "--port", str(port))
         front.shutdown(socket.SHUT_RDWR)
         thread.join()
-    assert_one_line(done, 1, f"dsmq: 127.0.0.1:{port} accepts connections and closes them at once")
+    assert_one_line(done, 1, f"dsmq: 127.0.0.1:{port} accepts connections and closes them immediately")
     assert b"(--tls)" in done[2]
 
 
@@ -432,7 +432,7 @@ def test_dsmq_alone_prints_help_with_five_examples() -> None:
 def test_help_ignores_invalid_environment(command: str) -> None:
     status, out, err = result(*command.split(), env={"DSMQ_HOST": "100%", "DSMQ_PORT": "%d"})
     assert (status, err) == (0, b"")
-    assert b"Exit statuses: 0 done" in out
+    assert b"Exit status: 0 success" in out
 
 
 def test_serve_help_groups_options_by_subject() -> None:

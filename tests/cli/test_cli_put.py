@@ -37,7 +37,7 @@ def test_too_long_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x" * 11)
     with daemon("--max-message-bytes", "10") as server:
         words = ["put", "t", "--port", str(server.port), "--file"]
-        assert_one_line(result(*words, str(tmp_path / "file")), 1, f"{tmp_path}/file: a message has at most 10 bytes")
+        assert_one_line(result(*words, str(tmp_path / "file")), 1, f"{tmp_path}/file: a message may have at most 10 ")
         assert_one_line(result(*words, "/dev/zero"), 1, f"/dev/zero: longer than {2**26} bytes")
 
 

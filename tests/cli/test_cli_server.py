@@ -107,7 +107,7 @@ def test_purge_expires_messages_of_a_topic_or_pattern(topic: str, mq: DSMQClient
     for name in ("/a", "/a", "/b"):
         mq.put(topic + name, "x")
     assert result("purge", topic + "/a") == (0, b"2 messages purged\n", b"")
-    assert result("purge", topic + "/*") == (0, b"1 messages purged\n", b"")
+    assert result("purge", topic + "/*") == (0, b"1 message purged\n", b"")
     assert result("get", topic + "/*", "--after", "0") == (3, b"", b"")
 
 

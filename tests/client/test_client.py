@@ -693,7 +693,7 @@ HELLO = (
 @pytest.mark.parametrize(
     "reply", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"*2\r\n$3\r\nfoo\r\n$3\r\nbar\r\n", b"+OK\r\n"]
 )
-def test_other_program_is_recognized_as_not_dsmq(reply: bytes) -> None:
+def test_other_program_is_recognised_as_not_dsmq(reply: bytes) -> None:
     with fake_server(reply) as port, pytest.raises(ProtocolError):
         connect(port=port, retry=False)
 

@@ -367,6 +367,6 @@ def test_retry_time_of_zero_means_no_retry() -> None:
     assert Retries(0.0).next_delay() is None
 
 
-def test_retry_pauses_are_randomized() -> None:
+def test_retry_pauses_are_randomised() -> None:
     retries = [Retries(math.inf) for _ in range(20)]
     assert len({tuple(one.next_delay() for _ in range(5)) for one in retries}) == 20

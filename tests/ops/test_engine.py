@@ -8,10 +8,11 @@ import logging
 import os
 import re
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from dsmq.store.nats_api import EngineError
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.system import boot_time
 from engine import Engine, engine
+from helpers import forked
 
 PREFIXES = ("dsmq_engine_", "dsmq_mirror_")
 
@@ -337,6 +339,26 @@ def test_reason_why_the_store_is_not_ready() -> None:
         assert store.unready_reason == ""
     finally:
         store.close()
+
+
+def peer_ports() -> set[int]:
+    """Return the ports that this process's TCP connections lead to."""
+    ports = set()
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(OSError), socket.socket(fileno=os.dup(int(descriptor))) as connection:
+            if connection.family == socket.AF_INET:
+                ports.add(connection.getpeername()[1])
+    return ports
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_forked_child_holds_no_connections_to_engine(shared_node: Engine, server: Server, wire: Wire) -> None:
+    first_id = wire.call("PUT", "t", "x")
+    engine_ports = {port for _, port in shared_node.servers}
+    assert engine_ports <= peer_ports()
+    with forked(lambda: engine_ports & peer_ports()) as left:
+        assert left == "set()"
+    assert wire.call("PUT", "t", "x") == first_id + 1
 
 
 def healthz(server: Server) -> list[str]:

@@ -406,7 +406,7 @@ def test_panels_have_unique_positions_and_titles() -> None:
         taken |= cells
 
 
-def test_panels_linked_by_alerts_exist() -> None:
+def test_panels_named_by_alerts_exist() -> None:
     titles = {panel["title"] for panel in PANELS}
     pointed = {
         name

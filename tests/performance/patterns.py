@@ -85,6 +85,39 @@ class Streams:
                     yield fields["m"]
 
 
+class PubSub:
+    """Redis's publish and subscribe: not stored; a put ends once the server has it."""
+
+    server = "redis"
+    package = "redis"
+
+    def __init__(self, port: int) -> None:
+        import redis
+
+        self.redis = redis.Redis(port=port, decode_responses=True, socket_timeout=None)
+
+    def close(self) -> None:
+        self.redis.close()
+
+    def put(self, topic: str, message: str) -> None:
+        self.redis.publish(topic, message)
+
+    def messages(self, *, is_pattern: bool) -> Iterator[Any]:
+        listener = self.redis.pubsub()
+        names = ["s/*"] if is_pattern else TOPICS
+        (listener.psubscribe if is_pattern else listener.subscribe)(*names)
+        found, confirmed = listener.listen(), set[str]()
+        # What is published before the server confirms a subscription is lost.
+        while len(confirmed) < len(names):
+            confirmed.add(next(found)["channel"])
+        return self._texts(found)
+
+    def _texts(self, found: Iterator[Any]) -> Iterator[Any]:
+        # A method, because the client disconnects its listeners when it is garbage-collected.
+        for message in found:
+            yield message["data"]
+
+
 class Mosquitto:
     """MQTT with QoS 1, through paho-mqtt."""
 
@@ -154,6 +187,7 @@ class Nats:
 SYSTEMS: dict[str, Any] = {
     "dsmq": Dsmq,
     "redis streams": Streams,
+    "redis pub/sub": PubSub,
     "mosquitto": Mosquitto,
     "nats": Nats,
 }

@@ -63,7 +63,7 @@ def test_bench_reports_too_long_messages_in_one_line() -> None:
     with serving(max_message_bytes=1000) as server:
         done = run_dsmq("bench", "--port", str(server.port), "-n", "2")
     assert done.returncode == 1
-    assert done.stderr == b"dsmq: a message has at most 1000 bytes, not 100000\n"
+    assert done.stderr == b"dsmq: a message may have at most 1000 bytes, not 100000\n"
 
 
 def test_suite_measures_a_system() -> None:

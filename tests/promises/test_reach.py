@@ -134,7 +134,7 @@ def test_proxy_that_closes_at_once_counts_as_starting(
     retry_schedule(4)
     with (
         front(*replies) as (port, accepted),
-        pytest.raises(ConnectionResetError, match=r"closes them at once.*tried for") as told,
+        pytest.raises(ConnectionResetError, match=r"closes them immediately.*tried for") as told,
     ):
         connect(port=port)
     # In each attempt, the second connection asks whether it is an MQTT broker.
@@ -181,7 +181,7 @@ def test_closing_broker_is_probed_in_its_own_protocol(connect: Connect) -> None:
         connect(port=port)
 
 
-def test_tls_server_is_recognized_at_once() -> None:
+def test_tls_server_is_recognised_at_once() -> None:
     with (
         front(b"\x15\x03\x03\x00\x02\x02\x46") as (port, accepted),
         pytest.raises(ConnectionError, match="require TLS"),

@@ -136,7 +136,7 @@ def test_client_starts_after_all_stored_messages(stores: Stores) -> None:
         assert value(other.start_id()) >= message_id
 
 
-def test_client_waits_a_moment_for_its_start(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_waits_briefly_for_its_start_id(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     store = stores()
     ids = put(store, b"t", b"x")
     index, failures = store._index, [EngineError("busy")] * 2

@@ -378,7 +378,7 @@ def test_servers_agree_and_no_job_is_held_twice_or_lost(log: Log, seed: int) -> 
 
 
 @pytest.mark.parametrize("is_loaded", [True, False])
-def test_request_under_way_when_the_mirror_begins_again_is_unsure(log: Log, is_loaded: bool) -> None:
+def test_request_in_progress_when_the_mirror_starts_over_is_unsure(log: Log, is_loaded: bool) -> None:
     server = FakeServer(log, random.Random(1))
     log.add((TOPICS[0], b"x", None))
     server.fold(1)

@@ -570,7 +570,7 @@ def test_put_fails_fast_while_out_of_memory(store: ClockedStore, clock: Clock) -
 
 
 @pytest.mark.usefixtures("without_long_bodies")
-def test_retried_put_is_recognized_while_out_of_memory(store: ClockedStore) -> None:
+def test_retried_put_is_recognised_while_out_of_memory(store: ClockedStore) -> None:
     keyed = a_put(b"t", BIG, (b"me", 1))
     assert store.append([keyed]) == [1]
     stop_growing(store)

@@ -29,7 +29,7 @@ def test_invalid_endpoint_raises(text: str) -> None:
         parse_endpoint(text)
 
 
-def test_host_names_are_normalized() -> None:
+def test_host_names_are_normalised() -> None:
     assert host_names(" A.example., b ,") == {"a.example", "b"}
     for text in ("a:80", "a b", "-", "a.example/"):
         with pytest.raises(ValueError, match="without ports"):

@@ -19,7 +19,7 @@ ASTERISK = ord("*")
 
 def parse_name(name: bytes) -> bytes:
     if len(name) > MAX_NAME_BYTES or not all(0x21 <= byte <= 0x7E for byte in name):
-        raise BadRequest(f"a name has at most {MAX_NAME_BYTES} printable ASCII characters, no spaces")
+        raise BadRequest(f"a name may have at most {MAX_NAME_BYTES} printable ASCII characters, no spaces")
     return name
 
 
@@ -36,7 +36,7 @@ def check_topic(topic: bytes, max_bytes: int) -> bytes:
     if not topic:
         raise BadRequest("the name of the topic is empty")
     if len(topic) > max_bytes:
-        raise TooBig(f"a topic has at most {max_bytes} bytes, not {len(topic)}")
+        raise TooBig(f"a topic may have at most {max_bytes} bytes, not {len(topic)}")
     if not topic.isascii():
         try:
             topic.decode()

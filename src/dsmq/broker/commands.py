@@ -138,7 +138,7 @@ COMMANDS: dict[bytes, Command] = {
             "MREAD",
             mread.mread,
             "[LAST|SINCE] after [COUNT n] [BYTES n] [WAIT ms] [LATEST] [EPOCH epoch] TOPICS name [name ...]",
-            "Return a position, and the messages of topics and patterns up to it, each as its topic and as in READ.",
+            "Read topics and patterns; return a position, then each message's topic and the same values as READ.",
             parse=mread.parse_mread,
         ),
         Command("GET", reads.get, "topic", "Return the next message.", parse=parse_topic),

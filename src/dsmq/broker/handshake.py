@@ -127,7 +127,7 @@ def config(client: Connection, request: list[bytes]) -> bytes:
     if request[1].upper() != b"GET":
         raise BadRequest("CONFIG has only the subcommand GET pattern ...")
     if any(len(pattern) > MAX_NAME_BYTES for pattern in request[2:]):
-        raise BadRequest(f"a pattern has at most {MAX_NAME_BYTES} bytes")
+        raise BadRequest(f"a pattern may have at most {MAX_NAME_BYTES} bytes")
     patterns = {pattern.decode(errors="replace").lower() for pattern in request[2:]}
     settings = client.context.settings.model_dump(mode="json")
     # redis-benchmark requests the first two, to report how Redis persists data; redis-cli --stat requests the last.

@@ -219,7 +219,7 @@ def parse_take(client: Connection, request: list[bytes]) -> PendingTake:
 
 def _check_token(token: bytes) -> bytes:
     if not 0 < len(token) <= MAX_NAME_BYTES:
-        raise BadRequest(f"a token has 1 to {MAX_NAME_BYTES} bytes")
+        raise BadRequest(f"a token should have 1 to {MAX_NAME_BYTES} bytes")
     return token
 
 
@@ -267,7 +267,7 @@ def _without_epoch(request: list[bytes], least: int) -> list[bytes]:
     if len(request) < least + 2:
         raise BadRequest("EPOCH should follow id, attempt and ms")
     if len(request[-1]) > MAX_NAME_BYTES:
-        raise BadRequest(f"EPOCH: an epoch has at most {MAX_NAME_BYTES} bytes")
+        raise BadRequest(f"EPOCH: an epoch may have at most {MAX_NAME_BYTES} bytes")
     return request[:-2]
 
 

@@ -114,7 +114,7 @@ def parse_mread(client: Connection, request: list[bytes]) -> PendingMany:
 @lru_cache(32)
 def _select(max_topic_bytes: int, *words: bytes) -> Selection:
     if len(words) > MAX_NAMES or sum(map(len, words)) > MAX_NAMES_BYTES:
-        raise TooBig(f"a request reads at most {MAX_NAMES} topics and patterns, of {MAX_NAMES_BYTES} bytes in total")
+        raise TooBig(f"a request may read at most {MAX_NAMES} topics and patterns, of {MAX_NAMES_BYTES} bytes in total")
     for word in words:
         check_topic(word, MAX_NAMES_BYTES if b"*" in word else max_topic_bytes)
     return Selection(words)

@@ -51,7 +51,7 @@ def parse_put(client: Connection, request: list[bytes]) -> Put:
     settings = client.context.settings
     if len(body) > settings.max_message_bytes:
         # The parser itself rejects lengths of 1,024 or more, before the message has arrived.
-        raise TooBig(f"a message has at most {settings.max_message_bytes} bytes, not {len(body)}")
+        raise TooBig(f"a message may have at most {settings.max_message_bytes} bytes, not {len(body)}")
     if not (0 < len(topic) <= settings.max_topic_bytes and topic.isascii()) or ASTERISK in topic:
         # Most topics skip this call, which takes as long as all other checks together.
         parse_topic(client, request)
@@ -73,7 +73,7 @@ def _parse_key(store: Store, request: list[bytes]) -> tuple[bytes, int] | None:
         return None
     producer, seq = options[b"KEY"]
     if not 0 < len(producer) <= MAX_NAME_BYTES:
-        raise BadRequest(f"a producer has 1 to {MAX_NAME_BYTES} bytes")
+        raise BadRequest(f"a producer should have 1 to {MAX_NAME_BYTES} bytes")
     number = parse_integer(seq, "seq")
     if b"AGAIN" not in options:
         return producer, number

@@ -183,7 +183,7 @@ def read_options(*words: bytes) -> tuple[int, int, int, bytes | None, bool]:
     epoch = options.get(b"EPOCH", [None])[0]
     if epoch is not None and len(epoch) > MAX_NAME_BYTES:
         # A longer one would stay in the cache.
-        raise BadRequest(f"an epoch has at most {MAX_NAME_BYTES} bytes")
+        raise BadRequest(f"an epoch may have at most {MAX_NAME_BYTES} bytes")
     return count, max_bytes, wait_ms, epoch, b"LATEST" in options
 
 

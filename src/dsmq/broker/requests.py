@@ -118,7 +118,7 @@ class Requests:
         elif connection.unauthenticated:
             self._discarded += len(data)
             if self._discarded > MAX_DISCARDED_BYTES:
-                connection.close("kept sending after its last reply")
+                connection.close("kept sending after the last reply")
 
     def on_failure(self) -> None:
         self.connection.on_failure()

@@ -43,7 +43,7 @@ class Transaction:
         self.size += sum(map(len, request))
         if len(self.requests) == MAX_QUEUED_REQUESTS or self.size > MAX_QUEUED_BYTES:
             raise TooBig(
-                f"a transaction has at most {MAX_QUEUED_REQUESTS} requests and {MAX_QUEUED_BYTES} bytes of arguments"
+                f"a transaction may have at most {MAX_QUEUED_REQUESTS} requests and {MAX_QUEUED_BYTES} argument bytes"
             )
         self.memory += request_memory(request)
         self.requests.append((command, request))
@@ -107,7 +107,7 @@ def execute(client: Connection, request: list[bytes]) -> bytes | None:
         return None
     transaction = _end_transaction(client, "EXEC")
     if transaction.aborted:
-        raise Aborted("no request was run, because one since MULTI was refused")
+        raise Aborted("no request was run, because one after MULTI was refused")
     requests = transaction.requests
     encode = partial(_begin_steps, client, requests, client.context.store.last_id())
     try:

@@ -1,1 +1,1 @@
-"""The command line. `main` runs the commands that use a server; `parser` reads the options of all of them."""
+"""The command line. `main` runs the commands that use a server; `parser` parses the options of all commands."""

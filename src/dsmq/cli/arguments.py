@@ -1,4 +1,4 @@
-"""Types of arguments. Invalid ones raise ArgumentTypeError."""
+"""Argument types for the parser. They raise ArgumentTypeError if the text is invalid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 def topic(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("the name of the topic is empty")
-    # Python represents bytes on the command line that are not UTF-8 as surrogates.
+    # Python decodes bytes of the command line that are not UTF-8 as surrogates.
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise argparse.ArgumentTypeError(f"the topic {quoted(text)} is not UTF-8")
     return text
@@ -37,7 +37,7 @@ def host(text: str) -> str:
 
 
 def addresses(text: str) -> list[tuple[str, int]]:
-    """Parse hosts separated by commas, each with an optional port (0 if missing)."""
+    """Parse comma-separated hosts, each with an optional port (0 if missing)."""
     names = [text] if text.startswith(UNIX) else text.split(",")
     return [(host(name), port(digits) if digits else 0) for name, digits in map(split_port, names)]
 
@@ -49,7 +49,7 @@ def file(text: str) -> str:
 
 
 def position(text: str) -> int | str:
-    """Parse an id, or a position as printed by `dsmq get --json`."""
+    """Parse an id or a position as printed by `dsmq get --json`."""
     if re.fullmatch(r"[^\s:]+:[0-9]{1,19}", text):
         return text
     return _number(int, text, 0, MAX_INTEGER, "an id, 0, or a position")

@@ -1,4 +1,4 @@
-"""Completion of commands, options and topics in shells, by argcomplete."""
+"""Shell completion of commands, options and topics, using argcomplete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Connect: TypeAlias = "Callable[[argparse.Namespace], DSMQClientSideConnection]"
 
 
 def print_script(shell: str) -> None:
-    """Print the script for a shell to run. Raises ConfigError if argcomplete is missing."""
+    """Print the completion script for a shell. Raises ConfigError if argcomplete is missing."""
     try:
         from argcomplete.shell_integration import shellcode  # noqa: PLC0415 - optional
     except ImportError:
@@ -28,7 +28,7 @@ def print_script(shell: str) -> None:
 
 
 def complete(connect: Connect) -> None:
-    """Print the completions of the command line that the shell passes in the environment, and exit."""
+    """Print completions for the command line that the shell passes in the environment, and exit."""
     import argcomplete  # noqa: PLC0415 - optional
 
     argcomplete.autocomplete(parser.all_commands(partial(_topics, connect)), always_complete_options="long")

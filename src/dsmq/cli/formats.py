@@ -1,4 +1,4 @@
-"""Formats for `dsmq get`, in which %t, %p and others stand for parts of a message."""
+"""Format strings for `dsmq get`: %t, %p and others stand for parts of a message."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dsmq.client.message import Message
 from dsmq.terminal import printable, quoted
 
 HELP = (
-    "print each message as FORMAT: %%t topic, %%i id, %%n number, %%s put time in seconds since 1970, %%d the same "
-    "as date and time, %%l length in bytes, %%p message, %%x message in hex, %%%% a percent sign; \\t tab, \\n new "
-    "line, \\0 NUL"
+    "print each message as FORMAT: %%t topic, %%i id, %%n number, %%s put time in seconds since 1970, %%d put time as "
+    "date and time, %%l length in bytes, %%p message, %%x message in hex, %%%% percent sign; \\t tab, \\n newline, "
+    "\\0 NUL"
 )
 
 
@@ -38,7 +38,7 @@ _LETTERS: dict[str, Callable[[Message], str | bytes]] = {
 _ESCAPES = {"t": "\t", "n": "\n", "0": "\0", "\\": "\\"}
 
 Format: TypeAlias = list[str | Callable[[Message], str | bytes]]
-"""Text, and functions that return parts of a message."""
+"""Literal text and functions that each return a part of a message."""
 
 
 def parse_format(text: str) -> Format:
@@ -54,7 +54,7 @@ def parse_format(text: str) -> Format:
 
 
 def print_messages(messages: Iterable[Message], parts: Format, end: str = "\n") -> None:
-    """Print messages. On a terminal, control characters in them are escaped."""
+    """Print messages. On a terminal, escape their control characters."""
     if sys.stdout.isatty():
         for message in messages:
             values = (part if isinstance(part, str) else _shown(part(message)) for part in parts)

@@ -1,4 +1,4 @@
-"""`dsmq get`: prints messages of topics, or writes one to a file."""
+"""`dsmq get`: prints messages of topics or writes one to a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # The exit status if no message was printed.
 NOTHING = 3
-# Max messages read at once.
+# Max messages per read.
 _BATCH = 100
 
 
@@ -68,7 +68,7 @@ def _count(options: argparse.Namespace) -> float:
         return 1
     if options.follow or options.since is not None:
         return math.inf
-    # The newest message of each topic.
+    # --latest prints the newest message of each topic.
     is_latest_of_many = options.latest and (len(options.topics) > 1 or "*" in options.topics[0])
     return math.inf if is_latest_of_many else options.last or 1
 
@@ -103,7 +103,7 @@ def _seek(mq: DSMQClientSideConnection, options: argparse.Namespace) -> None:
 def _read(
     mq: DSMQClientSideConnection, options: argparse.Namespace, n: int, timeout: float, *, latest: bool
 ) -> list[Message]:
-    """Return up to `n` messages, or with `latest` the newest of each topic. With --json, also print them."""
+    """Return up to `n` messages, or, with `latest`, the newest of each topic. With --json, also print them."""
     # JSON contains the position after each message, so messages are read one at a time.
     messages = mq.read(options.topics, latest=True)[-n:] if latest else []
     messages = messages or mq.read(options.topics, 1 if options.json else n, timeout=timeout)

@@ -28,7 +28,7 @@ Connect: TypeAlias = Callable[[], DSMQClientSideConnection]
 
 
 def connect_to(options: argparse.Namespace) -> DSMQClientSideConnection:
-    # Never send the configured server's token to another server, named by --host or DSMQ_SERVER.
+    # Never send the configured server's token to another server named by --host or DSMQ_SERVER.
     others = options.host or _servers()
     known = _ServerSettings(use_file=not others)
     hosts = others or [(known.get("host", arguments.host, "127.0.0.1"), 0)]
@@ -79,7 +79,7 @@ def _log_to_stderr() -> None:
     logging.getLogger("dsmq").addHandler(handler)
 
 
-# Advice in the client's errors, which is for programs, and the same advice for the command line.
+# Maps advice in the client's errors, written for programs, to advice for users of the command line.
 _HINTS = {
     "connect(..., token=...)": "--token-file FILE, or DSMQ_AUTH_TOKEN",
     "does it require TLS?": "does it require TLS (--tls)?",
@@ -157,7 +157,8 @@ def _stop(_: argparse.Namespace, connect: Connect) -> None:
 
 def _purge(options: argparse.Namespace, connect: Connect) -> None:
     with connect() as mq:
-        sys.stdout.write(f"{mq.purge(options.topic)} messages purged\n")
+        count = mq.purge(options.topic)
+        sys.stdout.write(f"{count} message{'' if count == 1 else 's'} purged\n")
 
 
 def _stats(options: argparse.Namespace, connect: Connect) -> None:

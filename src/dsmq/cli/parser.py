@@ -25,20 +25,20 @@ _GET = (
     "control characters are escaped."
 )
 _WORK = (
-    "Run COMMAND for each message of TOPIC, sharing the messages with the other workers of its group. COMMAND gets the "
+    "Run COMMAND for each message of TOPIC, sharing the messages with the other workers of the group. COMMAND gets the "
     "message on stdin, and DSMQ_TOPIC_NAME, DSMQ_JOB_ID and DSMQ_ATTEMPT in its environment. If its exit status is not "
-    "0, or the worker dies, another worker gets the message. In TOPIC, * matches any characters, including none."
+    "0 or the worker dies, another worker gets the message. In TOPIC, * matches any characters, including none."
 )
-# The description and arguments of each command. If ... follows the last argument, it may be repeated.
+# The description and arguments of each command. A last argument followed by ... may be repeated.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "serve": ("Run the server, until SIGTERM, Ctrl-C or a client's SHUTDOWN.", ""),
-    "config": ("Print the effective configuration as TOML, secrets masked.", ""),
+    "serve": ("Run the server until SIGTERM, Ctrl-C or a client's SHUTDOWN.", ""),
+    "config": ("Print the effective configuration as TOML, with secrets masked.", ""),
     "put": (_PUT, "TOPIC [MESSAGE] "),
     "get": (_GET, "TOPIC ... "),
     "work": (_WORK, "TOPIC "),
     "topics": ("List topics with stored messages: message count, bytes, topic.", ""),
-    "watch": ("Show topics and rates until q or Ctrl-C; once, if the output is not a terminal.", ""),
-    "stats": ("Print statistics of a topic, or of the server.", "[TOPIC] "),
+    "watch": ("Show topics and rates until q or Ctrl-C, or once if the output is not a terminal.", ""),
+    "stats": ("Print statistics of a topic or of the server.", "[TOPIC] "),
     "ping": ("Check that the server answers; for scripts and health checks.", ""),
     "bench": ("Measure how long typical operations take on a running server.", ""),
     "purge": ("Expire all messages of TOPIC, in which * matches any characters, including none.", "TOPIC "),
@@ -71,7 +71,7 @@ def _add_options(command: str, parser: Parser) -> None:
     if command in ("topics", "stats"):
         add("--json", action="store_true", help="print JSON")
     if command == "watch":
-        add("--interval", type=timeout, metavar="S", default=2.0, help="seconds between two updates; default: 2")
+        add("--interval", type=timeout, metavar="S", default=2.0, help="seconds between updates; default: 2")
     if command == "ping":
         add("--timeout", type=timeout, metavar="S", default=3.0, help="seconds to wait for the reply; default: 3")
     if command == "bench":
@@ -83,7 +83,7 @@ def _add_options(command: str, parser: Parser) -> None:
         )
         add("--cluster", action="store_true", help=about)
     if command in ("serve", "config"):
-        # Imported here, because loading the settings takes longer than running a client command.
+        # Import this here, because loading the settings takes longer than running a client command.
         from dsmq.settings import add_options  # noqa: PLC0415
 
         add_options(parser)
@@ -93,7 +93,7 @@ def _add_options(command: str, parser: Parser) -> None:
 
 def _add_put_options(parser: Parser) -> None:
     add = parser.add_argument
-    about = "put FILE as one message; -: all of stdin"
+    about = "put FILE, or with - all of stdin, as one message"
     add("--file", type=file, metavar="FILE", help=about)
     add("--print-id", action="store_true", help="print the id of each message")
 
@@ -112,7 +112,7 @@ def _add_get_options(parser: Parser) -> None:
     )
     add("--follow", action="store_true", help="keep printing messages as they arrive")
     add = parser.add_mutually_exclusive_group().add_argument
-    about = "start after this id or position; 0: at the oldest stored message. Default: after the newest"
+    about = "start after this id or position (0: with the oldest stored message); default: after the newest"
     add("--after", type=position, metavar="POSITION", help=about)
     add("--last", type=count, metavar="N", help="start with the last N messages")
     about = "start with the messages put in the last TIME, such as 30s, 5m or 2h"
@@ -122,12 +122,12 @@ def _add_get_options(parser: Parser) -> None:
     add("--format", type=formats.parse_format, metavar="FORMAT", help=formats.HELP)
     about = "print JSON lines with topic, id, number, put_at, position and message"
     add("--json", action="store_true", help=about)
-    about = "write one message to FILE, unchanged, replacing FILE atomically; -: to stdout"
+    about = "write one message, unchanged, to FILE, which is replaced atomically; -: to stdout"
     add("--output", type=file, metavar="FILE", help=about)
     add = parser.add_argument
     about = (
-        "start after the position in FILE, if it exists, and keep it up to date. No message is skipped, but the last "
-        "ones may be printed again if the command is killed"
+        "start after the position in FILE, if FILE exists, and keep FILE up to date. No message is skipped, but the "
+        "last ones may be printed again if the command is killed"
     )
     add("--position-file", type=file, metavar="FILE", help=about)
 
@@ -136,11 +136,11 @@ def _add_work_options(parser: Parser) -> None:
     add = parser.add_argument
     about = "group of workers that share the messages; default: workers"
     add("--group", type=group, metavar="NAME", default="workers", help=about)
-    about = "how long a worker may be silent before another one gets its message; default: 60s"
+    about = "how long a worker may be silent before another gets its message; default: 60s"
     add("--lease", type=lease, metavar="TIME", default=60.0, help=about)
     about = "delay before the message of a failed command is given to a worker again; default: 1s"
     add("--delay", type=duration, metavar="TIME", default=1.0, help=about)
-    about = "end when there is no message for this long; default: never"
+    about = "exit after this long without a message; default: never"
     add("--timeout", dest="wait", type=duration, metavar="TIME", default=math.inf, help=about)
 
 
@@ -150,7 +150,7 @@ def _add_server_options(parser: Parser) -> None:
         "DSMQ_TLS_CERT_FILE; without --host, also those in the TOML file given by DSMQ_CONFIG."
     )
     add = parser.add_argument_group("server", about).add_argument
-    hosts = "address or name, with optional :PORT, or unix:/path; several are separated by commas; default: 127.0.0.1"
+    hosts = "address or name, optionally with :PORT, or unix:/path; separate several by commas; default: 127.0.0.1"
     add("-H", "--host", type=addresses, help=hosts)
     add("-p", "--port", type=port, help="default: 30008")
     add("--token-file", type=file, metavar="FILE", help="authenticate with the first token in FILE")
@@ -162,11 +162,11 @@ def _add_server_options(parser: Parser) -> None:
     add("--key-file", type=file, metavar="FILE", help=about)
 
 
-_EPILOG = "Exit statuses: 0 done, 1 failed, 2 wrong usage or configuration, 3 no message printed, 130 interrupted."
+_EPILOG = "Exit status: 0 success, 1 failure, 2 usage or configuration error, 3 no message printed, 130 interrupted."
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports each error on one line, with the closest option."""
+    """Reports each error on one line and suggests the closest option."""
 
     takes_message = False
 
@@ -192,7 +192,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """Return the command with its options and arguments. After -- there are no options."""
+    """Return the command with its options and arguments. Nothing after -- is an option."""
     name, words = (words[0], words[1:]) if words else ("", [])
     if name not in COMMANDS:
         _refuse(name, next(filter(COMMANDS.__contains__, words), ""))
@@ -242,7 +242,7 @@ def _refuse(word: str, command: str) -> NoReturn:
 
 
 def all_commands(topics: Callable[..., Iterable[str]]) -> argparse.ArgumentParser:
-    """Return a parser of all commands that completes topics with the given function."""
+    """Return a parser for all commands that completes topics with the given function."""
     parser = Parser(prog="dsmq")
     commands = parser.add_subparsers(dest="command")
     for name, (_, arguments) in COMMANDS.items():
@@ -281,7 +281,7 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
     if options.command in ONE_TOPIC and any("*" in name for name in options.topics):
         parser.error(f"{quoted(options.topic)} is a pattern, because it contains *; {parser.prog} takes one topic")
     if options.command == "completion" and options.shell not in SHELLS:
-        parser.error(f"SHELL should be one of {', '.join(SHELLS)}, not {quoted(options.shell)}")
+        parser.error(f"SHELL must be one of {', '.join(SHELLS)}, not {quoted(options.shell)}")
     if options.command == "put" and options.file is not None and options.message is not None:
         parser.error("MESSAGE and --file are mutually exclusive")
     if options.command == "get" and options.output is not None and (options.follow or (options.n or 1) > 1):

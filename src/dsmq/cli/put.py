@@ -18,10 +18,10 @@ from dsmq.terminal import show_progress
 if TYPE_CHECKING:
     from dsmq.client import DSMQClientSideConnection
 
-# Max length of a line or file, unless the server has announced that it accepts longer messages.
+# Max length of a line or file, unless the server accepts longer messages.
 _MAX_BYTES = 67_108_864
 _READ_BYTES = 65_536
-# The time before the first progress report, and between reports.
+# The time before the first progress report and between reports.
 _PROGRESS_SECONDS = 0.5
 
 
@@ -111,7 +111,7 @@ def _put_file(options: argparse.Namespace, connect: Callable[[], DSMQClientSideC
     with stream as source, connect() as mq:
         most = max(mq.max_message_bytes, _MAX_BYTES)
         try:
-            # A device may be endless.
+            # Limit the read, because a device may never end.
             body = source.read(most + 1)
         except OSError as error:
             raise ConfigError(f"{name}: {reason(error)}") from None

@@ -62,7 +62,7 @@ def _has_screen() -> bool:
 
 
 def _show(screen: Any, mq: DSMQClientSideConnection, where: str, interval: float) -> None:
-    """Redraw at the interval, and when the terminal is resized, until q is pressed."""
+    """Redraw at the interval and when the terminal is resized, until q is pressed."""
     import curses  # noqa: PLC0415 - some systems lack it
 
     with suppress(curses.error):
@@ -75,7 +75,7 @@ def _show(screen: Any, mq: DSMQClientSideConnection, where: str, interval: float
         rows, _ = screen.getmaxyx()
         screen.erase()
         for row, line in enumerate(lines(where, before, sample)[:rows]):
-            # Cuts off a line that is too long.
+            # `insstr` truncates a line that is too long.
             screen.insstr(row, 0, line.encode(screen.encoding, "backslashreplace").decode(screen.encoding))
         screen.refresh()
         key = screen.getch()

@@ -40,7 +40,7 @@ class _Stopped(Exception):
 
 
 class _Worker:
-    """Runs the command for each job. Forwards SIGINT and SIGTERM to the command, and then takes no more jobs."""
+    """Runs the command for each job. Forwards SIGINT and SIGTERM to the command and then takes no more jobs."""
 
     def __init__(self, mq: DSMQClientSideConnection, options: argparse.Namespace) -> None:
         self._mq, self._options = mq, options
@@ -68,7 +68,7 @@ class _Worker:
     def take(self) -> Job | None:
         options = self._options
         try:
-            # Set first, so that no signal is missed in between.
+            # Set this first, so that no signal is missed in between.
             self._is_taking = True
             if self.stopped_by:
                 raise _Stopped
@@ -77,7 +77,7 @@ class _Worker:
             self._is_taking = False
 
     def run(self, job: Job) -> None:
-        """Run the command for a job, and finish it, or give it back."""
+        """Run the command for a job, then finish the job or give it back."""
         try:
             if not (status := self._status(job)):
                 self._mq.done(job)
@@ -92,7 +92,7 @@ class _Worker:
         """Return the exit status of the command; extend the lease while it runs. Raises JobLost."""
         variables = {"DSMQ_TOPIC_NAME": job.topic.replace("\0", "\\0"), "DSMQ_JOB_ID": str(job.id)}
         variables["DSMQ_ATTEMPT"] = str(job.attempt)
-        # The command gets its own process group, because a terminal would send signals to both processes.
+        # The command gets its own process group; otherwise, the terminal would send signals to it as well.
         group: dict[str, Any] = {"process_group": 0} if hasattr(os, "killpg") else {}
         try:
             process = subprocess.Popen(  # noqa: S603 - the user's own command
@@ -107,7 +107,7 @@ class _Worker:
                     self._pass_on(self.stopped_by)
                 return self._wait(process, job)
             finally:
-                # If it is still running, another worker may get the job now.
+                # Stop the command if it is still running, because another worker may get the job now.
                 self._pass_on(signal.SIGTERM)
 
     def _wait(self, process: subprocess.Popen[bytes], job: Job) -> int:

@@ -256,7 +256,7 @@ def explain_greeting(endpoint: Endpoint, received: bytes, error: Exception, *, i
     if is_first and isinstance(error, ConnectionResetError) and not received:
         received = _ask_for_mqtt(endpoint)
         if not received:
-            about = "accepts connections and closes them at once; is the server behind it running? does it require TLS?"
+            about = "accepts connections and closes them immediately; is the server behind it up? does it require TLS?"
             return ClosedSilently(f"{endpoint} {about}")
         error = ProtocolError(str(error))
     if received.startswith(_TLS_ALERT):

@@ -67,7 +67,7 @@ class Job(Message):
 
     def __enter__(self) -> Self:
         if not hasattr(self._mq, "__enter__"):
-            raise TypeError("an asyncio client's job needs `async with`, and an unpickled one done() or give_back()")
+            raise TypeError("use `async with` for an asyncio client's job, done() or give_back() for an unpickled one")
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -78,7 +78,7 @@ class Job(Message):
 
     async def __aenter__(self) -> Self:
         if not hasattr(self._mq, "__aenter__"):
-            raise TypeError("a blocking client's job needs `with`, and an unpickled one done() or give_back()")
+            raise TypeError("use `with` for a blocking client's job, done() or give_back() for an unpickled one")
         return self
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:

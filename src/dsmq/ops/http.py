@@ -1,4 +1,4 @@
-"""The HTTP endpoint: a status page, /metrics for Prometheus, /healthz and /readyz. Only GET and HEAD."""
+"""The HTTP endpoint: a status page, /metrics for Prometheus, /healthz and /readyz."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ from dsmq.broker import listener as listening
 from dsmq.ops import metrics
 from dsmq.ops.status import Status
 
-# How long a client may take to send its request, and to read the reply. A scrape takes milliseconds.
+# How long a client may take to send its request and to read the reply. A scrape takes milliseconds.
 REQUEST_TIMEOUT_SECONDS = 5.0
 MAX_CONCURRENT_REQUESTS = 8
-# How long a client may take to send its request before it has to make room for the next one, if MAX_CONCURRENT_REQUESTS
-# are open.
+# While MAX_CONCURRENT_REQUESTS are open, a client that takes longer to send its request is cut off for the next one.
 GRACE_SECONDS = 0.5
-# How long a client may take to disconnect after its reply, and how many bytes it may send meanwhile.
+# How long a client may take to disconnect after its reply and how many bytes it may send meanwhile.
 LINGER_SECONDS = 0.5
 LINGER_BYTES = 1_048_576
 POLL_SECONDS = 0.1
@@ -45,7 +44,7 @@ class HTTPEndpoint:
     """Serves the status page, the metrics and the health checks on a listening socket, each request in a thread."""
 
     def __init__(self, sock: socket.socket, status: Status, close: Callable[[socket.socket], None]) -> None:
-        """`close` closes the listening socket at the end."""
+        """`close` is called to close the listening socket."""
         sock.settimeout(POLL_SECONDS)
         self.socket = sock
         self.status = status
@@ -53,8 +52,8 @@ class HTTPEndpoint:
         self.is_exposed = listening.is_exposed(sock)
         self.thread = threading.Thread(target=self._run, name="dsmq-http", daemon=True)
         self.waiting_since: dict[socket.socket, float] = {}
-        """The open connections, oldest first, each with the time since which its client should send a request or
-        disconnect; infinity while a request is being answered.
+        """The open connections, oldest first, each with the time at which the wait for its client began: for
+        a request or for a disconnect. Infinity while a request is being answered.
         """
         self._close = close
         self._stop = threading.Event()
@@ -78,9 +77,9 @@ class HTTPEndpoint:
             try:
                 sock, address = self.socket.accept()
             except TimeoutError:
-                pass  # No connection for POLL_SECONDS. Cut off late clients, and check whether to stop.
+                pass  # No connection for POLL_SECONDS. Cut off late clients and check whether to stop.
             except OSError:
-                # There may be no file descriptors left, so accepting again at once would fail, too.
+                # If no file descriptors are left, accepting again immediately would fail, too.
                 self._stop.wait(listening.ACCEPT_PAUSE_SECONDS)
             else:
                 self._make_room()
@@ -106,7 +105,7 @@ class HTTPEndpoint:
 
     def _waiting_longer_than(self, seconds: float) -> list[socket.socket]:
         latest = time.monotonic() - seconds
-        # Copied first, because other threads change the dict.
+        # Copy the dict first, because other threads change it.
         return [sock for sock, since in list(self.waiting_since.items()) if since <= latest]
 
     def _serve_in_thread(self, sock: socket.socket, address: object) -> None:
@@ -146,13 +145,13 @@ class HTTPEndpoint:
         self._one_closed.set()
 
     def count_failure(self) -> None:
-        """Log and count the exception being handled, which is a bug."""
+        """Log and count the exception being handled, which indicates a bug."""
         _logger.exception("HTTP request failed", extra=logs.event("defect"))
         self.status.own_counters.failures += 1
 
 
 def _cut_off(sock: socket.socket) -> None:
-    # The thread that serves the connection reads end of file, and closes it.
+    # The thread that serves the connection reads the end of file and closes the connection.
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
@@ -173,7 +172,7 @@ def _json(status: HTTPStatus, value: object, *headers: tuple[str, str]) -> _Repl
 
 
 class _Handler(BaseHTTPRequestHandler):
-    # Applies to each read, and to a reply as a whole.
+    # Applies to each read and to a reply as a whole.
     timeout = REQUEST_TIMEOUT_SECONDS
     server: HTTPEndpoint  # type: ignore[assignment]
     raw_requestline: bytes
@@ -217,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
         return PROTECTED_ROUTES[path](self)
 
     def _check_host(self) -> _Reply | None:
-        """Return the refusal of a request that is not addressed to this server (RFC 9110, 7.4)."""
+        """Return a refusal if the request is not addressed to this server (RFC 9110, section 7.4)."""
         hosts = self.headers.get_all("Host", [])
         if len(hosts) > 1 or (not hosts and self.request_version != "HTTP/1.0"):
             return _text(HTTPStatus.BAD_REQUEST, "Exactly one Host header is required.")
@@ -229,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             encode, content_type = choose_encoder(" ".join(self.headers.get("Accept", "").split()))
         except (TypeError, ValueError):
-            # prometheus_client fails if a version is not a number.
+            # prometheus_client fails if a version in the header is not a number.
             encode, content_type = choose_encoder("")
         return _Reply(HTTPStatus.OK, content_type, encode(self.server.registry))
 
@@ -262,13 +261,13 @@ class _Handler(BaseHTTPRequestHandler):
         return _json(HTTPStatus.OK, status.inspector.topic(name, with_messages=with_messages), _NO_STORE)
 
     def _query(self) -> dict[str, bytes]:
-        """Return the query's parameters; if one is repeated, the last one."""
+        """Return the query's parameters; if one is repeated, its last value."""
         text = self.path.partition("?")[2]
         found = parse_qsl(text, keep_blank_values=True, errors="surrogateescape", separator="&")
         return {name: value.encode(errors="surrogateescape") for name, value in found}
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002
-        """Refuse a malformed or unsupported request, in plain text: http.server's HTML would repeat the request."""
+        """Refuse a malformed or unsupported request, in plain text; http.server's HTML would repeat the request."""
         if code == HTTPStatus.NOT_IMPLEMENTED and self.command in HTTPMethod.__members__:
             self._send(_text(HTTPStatus.METHOD_NOT_ALLOWED, "Only GET and HEAD are allowed.", ("Allow", "GET, HEAD")))
         else:
@@ -300,7 +299,7 @@ class _Handler(BaseHTTPRequestHandler):
         _logger.debug("HTTP: %s: %r", self.address_string(), format % args)
 
 
-# Served for any Host header, because health checks use arbitrary names.
+# Allowed with any Host header, because health checks use arbitrary names.
 PUBLIC_ROUTES = {"/healthz": _Handler.healthz, "/readyz": _Handler.readyz}
 # Require the token, if one is configured.
 PROTECTED_ROUTES = {
@@ -313,7 +312,7 @@ PROTECTED_ROUTES = {
 
 @functools.cache
 def _page() -> _Reply:
-    """Return the status page, with a Content-Security-Policy that allows its own script and style, and nothing else."""
+    """Return the status page, with a Content-Security-Policy that allows only its own script and style."""
     html = resources.files("dsmq.ops").joinpath("page.html").read_text(encoding="utf-8")
 
     def digest(tag: str) -> str:

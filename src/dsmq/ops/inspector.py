@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from dsmq.broker.context import ServerContext
     from dsmq.broker.event_loop import EventLoop
 
-# Max topics, and max clients, in one list.
+# Max topics or clients in one list.
 MAX_ROWS = 100
-# Max messages shown of a topic, and max bytes of each.
+# Max messages shown per topic and max bytes of each.
 MAX_MESSAGES, MAX_SHOWN_BYTES = 20, 4096
-# Max bytes of topics shown for a client, which may read many together.
+# Max bytes of topic names shown for a client, which may read many topics at once.
 MAX_NAMES_BYTES = 512
 # Topics filtered at a time, in less than 1 ms, so that event loops can run in between.
 FILTER_SLICE = 2_000
@@ -48,12 +48,12 @@ class Inspector:
         return self._topics(self._store.largest_topics(MAX_ROWS))
 
     def find_topics(self, text: bytes, after: bytes) -> dict[str, Any]:
-        """Return the number of topics that contain a text or match it as a pattern, and the first above `after`."""
+        """Return how many topic names contain a text or match it as a pattern, and the first of them above `after`."""
         search, search_again_at, first, matches = self._last_search
         began = time.monotonic()
         if search != (text, after) or began >= search_again_at:
             found = self._find(text)
-            # Find one more, to know whether there are others.
+            # Find one more than fits, to know whether there are others.
             first, matches = heapq.nsmallest(MAX_ROWS + 1, [name for name in found if name > after]), len(found)
             now = time.monotonic()
             self._last_search = (text, after), now + (now - began) / SEARCH_SHARE, first, matches
@@ -144,14 +144,14 @@ class Inspector:
         return [_client(client, lag, now) for lag, client in slowest]
 
     def _lag(self, client: Connection) -> int | None:
-        """Return how many messages of the topic that it last read a client has yet to receive."""
+        """Return how many messages a client has yet to receive from the topic that it last read."""
         if client.last_read is None:
             return None
         topic, number = client.last_read
         return max(0, self._store.last_number(topic) - number)
 
     def _lag_in(self, client: Connection, stats: TopicStats) -> int | None:
-        """Return how many messages of a topic a reader has yet to receive, or None if unknown."""
+        """Return how many messages a reader has yet to receive from a topic, or None if unknown."""
         if client.last_read is not None and client.last_read[0] == stats.name:
             return self._lag(client)
         selection = client.last_selection
@@ -159,7 +159,7 @@ class Inspector:
 
 
 def _reads(client: Connection, topic: bytes) -> bool:
-    """Return whether a client waits for messages of a topic, or last read from it."""
+    """Return whether a client waits for messages of a topic or last read from it."""
     pending, selection = client.reads.pending, client.last_selection
     return (
         (client.last_read is not None and client.last_read[0] == topic)
@@ -202,7 +202,7 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def _text(body: bytes, *, is_cut: bool) -> str | None:
-    """Return a body as text, or None if it is binary. If it is cut, an incomplete last character is dropped."""
+    """Return a body as text, or None if it is binary. With `is_cut`, drop an incomplete last character."""
     try:
         return None if b"\0" in body else codecs.getincrementaldecoder("utf-8")().decode(body, final=not is_cut)
     except UnicodeDecodeError:

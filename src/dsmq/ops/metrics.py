@@ -49,7 +49,7 @@ class Collector:
             ("event_loop_lag", "Delay of an event loop's timer, measured once a second.", counters.lag_seconds),
         ):
             yield HistogramMetricFamily(f"dsmq_{name}_seconds", about, histogram.buckets(), histogram.sum)
-        yield GaugeMetricFamily("dsmq_start_time_seconds", "Unix time of the start.", status.started_at)
+        yield GaugeMetricFamily("dsmq_start_time_seconds", "Unix time when the server started.", status.started_at)
         labels = ("version", "build", "python_version", "sqlite_version")
         build = GaugeMetricFamily("dsmq_build_info", "Versions and build in use; always 1.", labels=labels)
         build.add_metric((__version__, BUILD, platform.python_version(), sqlite3.sqlite_version), 1)
@@ -70,7 +70,7 @@ class Collector:
         yield Fact("topic_puts_per_second", "Puts per second over the last 10 to 20 seconds, by topic.", rates, "topic")
 
     def _groups(self) -> Iterator[Metric]:
-        """Return the sums over all groups of workers, and the figures of the first groups."""
+        """Return the sums over all groups of workers and the figures of the first groups."""
         found, gauge = self._status.groups(), GaugeMetricFamily
         if not self._status.context.store.groups:
             return
@@ -87,7 +87,7 @@ class Collector:
         jobs = {(*one, state): n for one, (group, _) in shown.items() for state, n in group.states.items()}
         yield _family(gauge, Fact("group_jobs", "Messages that are not done, by group and state.", jobs, key_state))
         events = {(*one, name): n for one, (group, _) in shown.items() for name, n in asdict(group.counts).items()}
-        about = "What happened to jobs, by group."
+        about = "Job events, by group."
         yield _family(CounterMetricFamily, Fact("group_job_events", about, events, ("topic", "group", "event")))
         ages = {one: group.oldest_age_ms / 1000 for one, (group, _) in shown.items()}
         about = "Age of the oldest message that is not done, by group."
@@ -96,7 +96,7 @@ class Collector:
         yield _family(gauge, Fact("group_waiting_workers", "Workers waiting for a job, by group.", waiting, key))
 
     def _top_topics(self, count: int, totals: Totals) -> list[tuple[TopicStats, float]]:
-        """Return the topics with the most recent puts, with puts per second; the last entry, OTHER, is the rest."""
+        """Return the topics with the highest put rates, and the rates; the last entry, OTHER, sums up the rest."""
         store = self._status.context.store
         top, rest = self._rates.top(count, store.last_numbers(), time.monotonic())
         shown: list[tuple[TopicStats, float]] = []
@@ -121,10 +121,10 @@ def _family(kind: type[CounterMetricFamily | GaugeMetricFamily], fact: Fact) -> 
 
 
 class Rates:
-    """Finds the topics with the most recent puts. A call takes time proportional to the number of topics."""
+    """Finds the topics with the highest put rates. A call takes time proportional to the number of topics."""
 
     def __init__(self, now: float) -> None:
-        # The last two samples: time in seconds, and last numbers. Rates are computed from the older one.
+        # The last two samples: time in seconds and last numbers. Rates are computed from the older one.
         self._samples: deque[tuple[float, dict[bytes, int]]] = deque([(now, {})], maxlen=2)
 
     def top(self, count: int, last_numbers: dict[bytes, int], now: float) -> tuple[list[tuple[bytes, float]], float]:
@@ -134,7 +134,7 @@ class Rates:
         """
         began, before = self._samples[0]
         seconds = max(now - began, 1e-9)
-        # Computed in C, because there may be 100,000 topics.
+        # Compute this in C, because there may be 100,000 topics.
         puts = list(map(operator.sub, last_numbers.values(), map(before.get, last_numbers, repeat(0))))
         chosen = heapq.nlargest(count, zip(puts, last_numbers, strict=True))
         if now - self._samples[-1][0] >= RATE_SECONDS:

@@ -65,7 +65,7 @@ def log_reload(
 
 
 def log_full(before: set[str], now: set[str], settings: Settings) -> None:
-    """Log which limits have begun to refuse puts, and which no longer do."""
+    """Log which limits have begun to refuse puts and which no longer do."""
     for name in sorted(now - before):
         value = getattr(settings, name, None)
         limit = name if value is None else f"{name} = {value} reached"

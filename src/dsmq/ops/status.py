@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Fact(NamedTuple):
-    """A number reported to operators, with its metric's name; with a label, one number for each of its values."""
+    """A figure reported to operators, named like its metric; with a label, one figure per value of the label."""
 
     name: str
     about: str
@@ -56,7 +56,7 @@ class Status:
         self.context = context
         self.started_at = time.time()
         self.port = 0
-        """The TCP port for clients; 0 before the start, or if there is none."""
+        """The TCP port for clients; 0 before the start or if there is none."""
         self.addresses: list[str] = []
         """The addresses for clients, `host:port` or `unix:/path`; empty before the start."""
         self.inspector = Inspector(context, workers)
@@ -69,7 +69,7 @@ class Status:
         self._expiry = expiry
         self._snapshotter = snapshotter
         self._snapshots = snapshots
-        # The result of `groups`, and when to count again.
+        # The result of `groups` and when to count again.
         self._groups: list[tuple[GroupStats, int]] = []
         self._groups_due = 0.0
 
@@ -106,7 +106,7 @@ class Status:
     # Health
 
     def stuck_threads(self) -> list[str]:
-        """Return the names of threads that are dead, or have been unresponsive for health_timeout_seconds."""
+        """Return the names of threads that are dead or have been unresponsive for health_timeout_seconds."""
         latest = time.monotonic() - self.context.settings.health_timeout_seconds
         parts = [(part.thread, part.due_at) for part in (*self._workers, self._expiry, self._snapshotter) if part]
         store = self.context.store
@@ -123,7 +123,7 @@ class Status:
         reasons = {
             "stopping": self.stopping,
             "starting": not (self.serving or self.stopping),
-            # Less than 100 %, because a message that does not fit is refused even if some bytes are left.
+            # Less than 100 %, because a message that does not fit is refused even if some bytes are free.
             "full": totals.messages >= limits.max_stored_messages
             or totals.accounted_bytes >= limits.max_stored_bytes * 0.99,
             "too many connections": self.connections() >= self.context.usage.connections.limit,
@@ -135,7 +135,7 @@ class Status:
 
     def counted(self, counters: Counters, totals: Totals) -> Iterator[Fact]:
         """Return the numbers that only increase, from the results of `counters` and `totals`."""
-        yield Fact("puts", "Messages stored since the start.", totals.stored)
+        yield Fact("puts", "Messages stored since the server started.", totals.stored)
         # Labels that are likely to be queried start at 0, because rate() misses the first event of a series that starts
         # at 1.
         puts_refused = {"full": 0, "store": 0} | {code.lower(): n for code, n in counters.puts_refused.items()}
@@ -153,11 +153,11 @@ class Status:
         yield Fact("received_bytes", "Bytes received from clients.", counters.bytes_in)
         yield Fact("sent_bytes", "Bytes sent to clients.", counters.bytes_out)
         yield Fact("errors", "Error replies, by code.", counters.errors, "code")
-        yield Fact("failures", "Connections closed and HTTP requests failed because of bugs.", counters.failures)
+        yield Fact("failures", "Connections closed and HTTP requests failed because of a bug.", counters.failures)
         yield Fact("auth_failures", "Authentication attempts with an invalid token.", counters.wrong_tokens)
 
     def background(self) -> Iterator[Fact]:
-        """Return the numbers about the store and the background threads that only increase."""
+        """Return the numbers of the store and the background threads that only increase."""
         store, expiry, snapshots = self.context.store.timings(), self._expiry.timing, self._snapshots
         counts = {operation: timing.times for operation, timing in store.items()}
         yield Fact("store_operations", "Database operations, by kind.", counts, "operation")
@@ -169,7 +169,7 @@ class Status:
         yield Fact("snapshots", "Snapshots, by result.", results, "result")
         yield Fact("snapshot_seconds", "Time spent on snapshots that were written.", snapshots.seconds)
         if groups := self.context.store.groups:
-            yield Fact("job_events", "What happened to jobs, over all groups.", asdict(groups.counts()), "event")
+            yield Fact("job_events", "Job events of all groups, by event.", asdict(groups.counts()), "event")
         if engine := self.context.store.engine():
             yield from _engine_counted(engine)
 
@@ -220,7 +220,7 @@ class Status:
             yield Fact("groups_limit", "Max groups of workers.", groups.limits.max_groups)
             yield Fact("groups_bytes_limit", "Max memory for the state of all groups.", groups.limits.max_group_bytes)
             limit = groups.limits.max_jobs_in_flight
-            yield Fact("jobs_in_flight_limit", "Max jobs of a group that are taken and not done.", limit)
+            yield Fact("jobs_in_flight_limit", "Max unfinished jobs of a group.", limit)
         interval = self._snapshotter.interval if self._snapshotter else 0
         yield Fact("snapshot_interval_seconds", "Time between snapshots; 0: no periodic snapshots.", interval)
 

@@ -19,7 +19,7 @@ from dsmq.errors import StartupError
 if TYPE_CHECKING:
     from dsmq.ops.status import Status
 
-# FileDescriptorName= of the sockets for clients, and of the socket for the HTTP endpoint.
+# FileDescriptorName= of the sockets for clients and of the socket for the HTTP endpoint.
 QUEUE = "dsmq"
 METRICS = "metrics"
 FIRST_DESCRIPTOR = 3
@@ -29,14 +29,14 @@ VARIABLES = (
 )
 # If systemd itself hangs, it must not block the main thread for longer than this.
 NOTIFY_TIMEOUT_SECONDS = 2.0
-# Requested in addition to stop_timeout_seconds, for the last stages of a stop and for Python's own exit.
+# Time requested in addition to stop_timeout_seconds, for the last stages of a stop and for Python's own exit.
 STOP_MARGIN_SECONDS = 5.0
 
 _logger = logging.getLogger(__name__)
 
 
 class Systemd:
-    """The sockets that systemd passed, and notifications to it. Without arguments: systemd did not start us."""
+    """The sockets passed by systemd and notifications to it. Without arguments: systemd did not start this process."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Systemd:
         self._watchdog = watchdog_seconds < math.inf
         self._status = ""
         self._address = "\0" + notify_socket[1:] if notify_socket.startswith("@") else notify_socket
-        # Opened in advance, because the watchdog must be notified even if no file descriptors are left.
+        # Open the socket in advance: the watchdog must be notified even if no file descriptors are left.
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if notify_socket[:1] in ("@", "/") else None
         if self._socket:
             self._socket.settimeout(NOTIFY_TIMEOUT_SECONDS)
@@ -68,7 +68,7 @@ class Systemd:
 
     @contextmanager
     def reloading(self) -> Iterator[None]:
-        """Notify systemd that a reload begins, and that it has ended, successfully or not."""
+        """Notify systemd that a reload begins and that it has ended, successfully or not."""
         # systemd compares this CLOCK_MONOTONIC time with the time of its request.
         self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
@@ -77,11 +77,11 @@ class Systemd:
             self.notify("READY=1")
 
     def stopping(self, seconds: float) -> None:
-        """Notify systemd that the service is stopping, and how long that may take."""
+        """Notify systemd that the service is stopping and how long that may take."""
         self.notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round((seconds + STOP_MARGIN_SECONDS) * 1e6)}")
 
     def notify_status(self, status: Status) -> None:
-        """Send the status if it has changed, and reset the watchdog unless a thread is stuck."""
+        """Send the status if it has changed and reset the watchdog unless a thread is stuck."""
         if not self._socket:
             return
         states = ["WATCHDOG=1"] if self._watchdog and not status.stuck_threads() else []
@@ -93,7 +93,7 @@ class Systemd:
 
 
 def take(environment: MutableMapping[str, str] = os.environ) -> Systemd:
-    """Take the sockets that systemd passed, and hide them from child processes. Raises StartupError."""
+    """Take the sockets that systemd passed and hide them from child processes. Raises StartupError."""
     given = {name: environment.pop(name, "") for name in VARIABLES}
     me = str(os.getpid())
     watched = given["WATCHDOG_PID"] in ("", me) and given["WATCHDOG_USEC"].isdecimal()

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from dsmq.store.groups import Groups
     from dsmq.store.selection import Selection
 
-# Overhead for the limits on bytes: added to the body of each message, and to the name of each topic with messages.
+# Overhead for the limits on bytes: added to the body of each message and to the name of each topic with messages.
 MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES = 100, 500
 
 T = TypeVar("T")
 Answer: TypeAlias = T | Future[T]
 """A store's answer: a value, or a future if the store answers later."""
 Outcome: TypeAlias = int | ReplyError
-"""The id of a stored message, or the reason why it was not stored."""
+"""The id of a stored message or the reason why it was not stored."""
 
 
 class Message(NamedTuple):
@@ -65,7 +65,7 @@ class Found(NamedTuple):
     """The result of a read of several topics."""
 
     position: int
-    """All matching messages up to this id are in this result or in earlier ones, and none above it."""
+    """This result and earlier ones contain all matching messages up to this id, and none above it."""
     messages: list[TopicMessage]
     is_complete: bool
     """Whether the read is complete for now; if not, it can continue from the position."""
@@ -131,20 +131,20 @@ class Totals(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """The number of runs of an operation, and their total time."""
+    """The number of runs of an operation and their total time."""
 
     times: int = 0
     seconds: float = 0.0
 
 
 class EngineStats(NamedTuple):
-    """The engine that holds a store's messages, and the store's mirror of them. Counts are since the start."""
+    """The engine that holds a store's messages and the store's mirror of them. Counts are since the start."""
 
     name: str
     node: str
     """The node that the store is connected to; empty if there is none."""
     ready: bool
-    """Whether the mirror has reached the engine's last message as of the start."""
+    """Whether the mirror has everything that the engine had at the start."""
     lag_messages: int
     """Messages in the engine that the mirror does not have yet."""
     lag_seconds: float
@@ -188,7 +188,7 @@ class Limits(NamedTuple):
     max_stored_messages_per_topic: int = sys.maxsize
     max_stored_bytes_per_topic: int = sys.maxsize
     when_full: str = "refuse"
-    """With DROP_OLDEST, a put deletes the oldest messages of its own topic until it fits."""
+    """With DROP_OLDEST, a put deletes the oldest messages of its topic until it fits."""
     topic: tuple[TopicRule, ...] = ()
     """Rules for some topics; the first one that matches applies."""
 
@@ -198,7 +198,7 @@ MEMORY = "memory"
 
 
 class Store(Protocol):
-    """The server's interface to a store. A remote store answers puts and reads with futures, puts in order."""
+    """The server's interface to a store. A remote store answers puts and reads with futures, and puts in order."""
 
     max_age_ms: int
     limits: Limits
@@ -234,7 +234,7 @@ class Store(Protocol):
     def append(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
         """Store messages in order; return an outcome for each. Raises Full, Forgotten or StoreFailed if none is stored.
 
-        A store that answers at once stores all or none. Its ids increase.
+        A store that answers immediately stores all or none. Its ids increase.
         """
 
     def append_together(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
@@ -266,9 +266,9 @@ class Store(Protocol):
         """
 
     def go_back(self, selection: Selection, count: int, below: int = sys.maxsize) -> Answer[tuple[int, int]]:
-        """Go back over `count` unexpired messages with ids below `below`.
+        """Find the last `count` unexpired messages with ids below `below`.
 
-        Returns how many are left to go back, and an id: if any are left, continue below it; otherwise, the messages are
+        Returns how many are left to find, and an id: if any are left, continue below it; otherwise, the messages are
         those after it.
         """
 
@@ -285,20 +285,20 @@ class Store(Protocol):
         """Return the id of the newest message, or 0."""
 
     def expire(self) -> int:
-        """Delete some messages that have expired or exceed lowered limits; return how many; 0 if none are left."""
+        """Delete some messages that have expired or exceed lowered limits; return how many, or 0 if none are left."""
 
     def purge(self, selection: Selection, /) -> Iterator[Answer[int]]:
-        """Delete all messages stored now, in short slices; yield the number of messages deleted in each.
+        """Delete the selected messages that are stored now, in short slices; yield the number deleted in each.
 
         Raises StoreFailed if that is not possible now.
         """
 
     def topics(self, after: bytes, count: int) -> list[TopicStats]:
-        """Return topics with messages, in byte order, with names above `after`."""
+        """Return the topics with messages and with names above `after`, in byte order."""
 
     @property
     def lost_ids(self) -> list[int]:
-        """The ranges of ids of this epoch that were lost by kills: the id before each range, and its last id."""
+        """The ranges of ids of this epoch that were lost by kills: the id before each range and its last id."""
 
     def stats(self, topic: bytes, after: int = 0) -> TopicStats:
         """Return a topic's statistics for a reader that has read up to `after`; zeros if the topic is empty."""
@@ -308,8 +308,8 @@ class Store(Protocol):
     def full(self) -> set[str]:
         """Return the limits that cause puts to be refused, or MEMORY. Should be called about once a second.
 
-        A limit is reported until there is room for the last put that it refused, and none was refused since the last
-        call.
+        A limit is reported until there is room for the last put that it refused, and none has been refused since
+        the last call.
         """
 
     def timings(self) -> dict[str, Timing]:
@@ -347,9 +347,12 @@ class Store(Protocol):
     def close(self) -> None:
         """Close the store; afterwards, other methods raise StoreFailed. Idempotent."""
 
+    def close_inherited(self) -> None:
+        """Close a forked process's copies of the sockets."""
+
 
 class LocalStore:
-    """Methods for a store that has no engine and answers at once."""
+    """Methods for a store that has no engine and answers immediately."""
 
     is_shared = False
     max_message_bytes = sys.maxsize
@@ -374,6 +377,8 @@ class LocalStore:
 
     def wait(self, _seconds: float) -> bool:
         return True
+
+    def close_inherited(self) -> None: ...
 
 
 def accounted_bytes(messages: int, size: int) -> int:

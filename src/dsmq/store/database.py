@@ -1,4 +1,4 @@
-"""The SQLite database in memory: one connection, one lock, and all statements."""
+"""The in-memory SQLite database: one connection, one lock, and all statements."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ EXPIRY_ROWS, EXPIRY_BYTES = 100, 131_072
 # Max topics, rows and bytes copied for a snapshot while holding the lock.
 COPY_TOPICS, COPY_ROWS, COPY_BYTES = 500, 64, 16_384
 PAGE_BYTES = 4096
-# If more pages than this are free, and more than 1/16 of all, expiry releases their memory for long bodies, 80 pages at
-# a time while holding the lock. That takes 0.4 ms, and is more than are freed meanwhile.
+# If more pages than this, and more than 1/16 of all, are free, expiry releases them, so that long bodies can use their
+# memory. Releasing 80 at a time holds the lock for 0.4 ms and is faster than pages become free.
 FREE_PAGES, FREE_PAGES_PART, VACUUM_PAGES = 256, 16, 80
-# Instructions of SQLite's virtual machine between two progress reports.
+# Instructions of SQLite's virtual machine between calls of the progress handler.
 PROGRESS_INSTRUCTIONS = 1000
 
 _COLUMNS = "put_at, last_number, ids_and_sizes, bodies"
@@ -92,12 +92,12 @@ class Database:
         self.restored_id = 0
         """The last id restored from a snapshot."""
         self.deletable_id = sys.maxsize
-        """While a snapshot is written, rows above this id must not be deleted: they are not copied yet."""
+        """While a snapshot is being written, rows above this id must not be deleted: they are not copied yet."""
         self.long_bytes = 0
         """The total size of long bodies."""
         self.deleted_bodies: list[bytes] = []
         """Long bodies of deleted rows."""
-        # By the last id of the row.
+        # By the last id of the body's row.
         self._long_bodies: dict[int, bytes] = {}
         self._is_shrinking = False
         self.timings = {"write": Timing(), "read": Timing(), "expire": Timing()}
@@ -159,7 +159,7 @@ class Database:
         self._add_long_bodies(long_bodies)
 
     def delete(self, rows: list[int], empty_topics: list[int], *, are_first: bool = False) -> None:
-        """Delete rows by their last ids, which may be the first ones of all, and topics without messages."""
+        """Delete rows by their last ids, and topics without messages. `are_first`: no other rows have lower ids."""
         with self.transaction("expire"):
             if are_first and rows:
                 self.connection.execute(DELETE_FIRST, (rows[-1],))
@@ -175,7 +175,7 @@ class Database:
         pages, free = self._count_pages()
         self._is_shrinking = free > (0 if self._is_shrinking else max(FREE_PAGES, pages // FREE_PAGES_PART))
         if self._is_shrinking:
-            # `execute` would end after the first page.
+            # `execute` would stop after the first page.
             self.connection.executescript(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")
         return self._is_shrinking
 
@@ -184,7 +184,7 @@ class Database:
         self.long_bytes += sum(map(len, bodies.values()))
 
     def renumber(self, shifts: list[tuple[int, int]]) -> None:
-        """Add to the numbers of all messages of topics."""
+        """Shift the numbers of all messages of topics. `shifts`: pairs of a shift and a topic's id."""
         with self.transaction("write"):
             self.connection.executemany("UPDATE chunks SET last_number = last_number + ? WHERE topic = ?", shifts)
 
@@ -261,7 +261,7 @@ class Database:
         return row and int(row[1])
 
     def oldest(self, topic: int, after: int) -> tuple[int, int] | None:
-        """Return id and put time of the topic's oldest message with an id above `after`."""
+        """Return the id and put time of the topic's oldest message with an id above `after`."""
         row = self.connection.execute(OLDEST, (topic, after)).fetchone()
         if row is None:
             return None
@@ -290,13 +290,13 @@ class Database:
         return (pages - free) * PAGE_BYTES
 
     def _count_pages(self) -> tuple[int, int]:
-        """Return the numbers of all pages and of free ones."""
+        """Return the number of pages and how many of them are free."""
         [(pages,)] = self.connection.execute("PRAGMA page_count")
         [(free,)] = self.connection.execute("PRAGMA freelist_count")
         return pages, free
 
     def topics(self, after: bytes, count: int) -> list[bytes]:
-        """Return names of topics above `after`, in byte order."""
+        """Return the names of topics above `after`, in byte order."""
         return [name for (name,) in self.connection.execute(TOPICS, (after, count))]
 
     # Snapshots
@@ -322,9 +322,9 @@ class Database:
         return found
 
     def copy_to(self, file: Path, on_progress: Callable[[], None]) -> list[Batch]:
-        """Copy all tables to an empty file, which is faster than row by row, and leaves no traces of deleted messages.
+        """Copy all tables to an empty file, which is faster than row by row and leaves no traces of deleted messages.
 
-        on_progress is called periodically; its exceptions end the copy. Returns a function that adds the long bodies.
+        on_progress is called periodically; its exceptions end the copy. Returns batches that add the long bodies.
         """
         self.connection.set_progress_handler(on_progress, PROGRESS_INSTRUCTIONS)
         try:
@@ -338,7 +338,7 @@ class Database:
         return [(UPDATE_BODIES, [(body, row)]) for row, body in self._long_bodies.items()]
 
     def load(self, source: sqlite3.Connection) -> list[tuple[int, bytes, int, int, int, int]]:
-        """Replace the new database with that of a snapshot; if that fails, nothing changes.
+        """Replace the empty database with that of a snapshot; if that fails, nothing changes.
 
         Returns for each topic: id, name, last number, last id, messages, bytes.
         """
@@ -378,5 +378,5 @@ def _open_in_memory() -> sqlite3.Connection:
 def to_reply_error(error: sqlite3.Error | MemoryError) -> ReplyError:
     """Return the error that clients get."""
     if isinstance(error, MemoryError) or getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
-        return Full("the server is full: there is no more memory")
+        return Full("the server is full: out of memory")
     return StoreFailed(f"SQLite: {error}")

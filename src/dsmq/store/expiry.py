@@ -9,7 +9,7 @@ import time
 from dsmq import logs
 from dsmq.store.api import Store, Timing
 
-# Pauses between slices, in which clients get the store's lock; the short one if a run takes longer than the interval.
+# Pauses between slices, in which clients get the store's lock; the short one once a run takes longer than the interval.
 _PAUSE_SECONDS = 0.002
 _SHORT_PAUSE_SECONDS = 0.0002
 
@@ -34,7 +34,7 @@ class Expiry:
         self.thread.start()
 
     def stop(self) -> None:
-        """Make the thread end soon. Idempotent."""
+        """Make the thread stop soon. Idempotent."""
         self._stop.set()
 
     def _run(self) -> None:

@@ -1,7 +1,7 @@
-"""The jobs of one group of workers: the messages that they have taken, and those to be given again.
+"""The jobs of one group of workers: the messages that they have taken and those to be given again.
 
 A group gives out the messages of a topic, or of the topics that match a pattern, in the order of ids. It remembers the
-last id given out, and the jobs up to that id that are not done: those held by a worker, until its lease ends, and those
+last id given out and the jobs up to that id that are not done: those held by a worker, until its lease ends, and those
 waiting to be given again.
 """
 
@@ -26,7 +26,7 @@ MAX_DONE = 10_000
 _MAX_ENDED = 200
 # Max topics whose last numbers are remembered, to count messages that expired before they were taken.
 MAX_NUMBERS = 200
-# Used instead of a time: the job can be given now, or it was given too often.
+# Values of `HeldJob.until` that are not times: the job can be given now or was given too often.
 READY, FAILED = -1, -2
 
 
@@ -55,7 +55,7 @@ class GroupCounts:
     unmoved: int = 0
     """Unsuccessful attempts to move a job there, for example because that topic is full."""
     expired: int = 0
-    """Messages that expired before they were taken, or before they were given again."""
+    """Messages that expired before they were taken or given again."""
     dropped: int = 0
     """Messages that their topic dropped before they were taken."""
 
@@ -72,10 +72,9 @@ class HeldJob:
     topic: bytes
     attempt: int = 0
     until: int = READY
-    """When its lease, or its delay, ends."""
+    """When its lease or delay ends."""
     is_held: bool = False
-    """Whether a worker may still finish this attempt: even after its lease, until the job is given again.
-    """
+    """Whether a worker may still finish this attempt: even after its lease, until the job is given again."""
     since: int = 0
     """When the current worker got it."""
     token: bytes = b""
@@ -90,7 +89,7 @@ class HeldJob:
 
     @property
     def is_in_flight(self) -> bool:
-        """Whether a worker holds it, and its lease is not over."""
+        """Whether a worker holds it and its lease is not over."""
         return self.is_held and self.until >= 0
 
 
@@ -109,15 +108,15 @@ class Group:
     """This group's share of the counted memory of all groups."""
     jobs: dict[int, HeldJob] = field(default_factory=dict)
     done: dict[int, int] = field(default_factory=dict)
-    """The attempts that finished jobs, by id."""
+    """The attempts that finished jobs, by the jobs' ids."""
     numbers: dict[bytes, tuple[int, int]] = field(default_factory=dict)
-    """For each topic: the last number given, and the number of messages that it had dropped by then."""
+    """For each topic: the last number given and the number of messages that it had dropped by then."""
     counts: GroupCounts = field(default_factory=GroupCounts)
     in_flight: int = 0
     """The number of jobs that are in flight."""
     _tokens: dict[bytes, list[Receipt]] = field(default_factory=dict)
     _due: list[tuple[int, int]] = field(default_factory=list)
-    # Like `_due`, may contain ids of jobs that are no longer ready.
+    # Like `_due`, may contain outdated entries.
     _ready: list[int] = field(default_factory=list)
     failed: list[HeldJob] = field(default_factory=list)
     """Jobs that were given too often."""
@@ -133,7 +132,7 @@ class Group:
 
     @property
     def next_due(self) -> int | None:
-        """When the next lease or delay ends, if there is any; possibly too early."""
+        """When the next lease or delay ends, or an earlier time; None if there is none."""
         return self._due[0][0] if self._due else None
 
     def restore(self, job: HeldJob) -> None:
@@ -169,7 +168,6 @@ class Group:
         return None
 
     def give(self, job: HeldJob, until: int, now: int, token: bytes, worker: str) -> None:
-        """Give a job to a worker."""
         self._forget_token(job)
         job.attempt += 1
         job.is_held, job.since, job.worker, job.token = True, now, worker, token
@@ -217,7 +215,7 @@ class Group:
         return job is not None and job.is_held and job.attempt == receipt.attempt
 
     def finish(self, receipt: Receipt, max_done: int) -> None:
-        """Finish a current job, and remember it as one of the last `max_done`."""
+        """Finish a current job and remember it as one of the last `max_done`."""
         self.counts.done += 1
         self.remove(self.jobs[receipt.id])
         self.done[receipt.id] = receipt.attempt
@@ -254,7 +252,7 @@ class Group:
                 del self._tokens[job.token]
 
     def count_until(self, topic: bytes, number: int, dropped: int) -> None:
-        """Count a topic's messages before this number that were not taken; `dropped`: those that it has dropped so far.
+        """Count a topic's messages before this number that were not taken; the topic has dropped `dropped` so far.
 
         Counting starts with the first message taken. If the topic's numbers restart, nothing is missing.
         """

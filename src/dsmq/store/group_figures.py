@@ -15,7 +15,7 @@ from dsmq.store.group import Group, GroupCounts, HeldJob
 if TYPE_CHECKING:
     from dsmq.store.groups import Source
 
-# Max groups described for a client at once, and max seconds spent on that.
+# Max groups described for a client at once and max seconds spent on that.
 MAX_FIRST, _FIRST_SECONDS = 20, 0.002
 # Max jobs tried to find the oldest one whose message has not expired.
 _MAX_PEEKS = 10
@@ -33,7 +33,7 @@ class GroupStats(NamedTuple):
     """Jobs that wait to be given again."""
     counts: GroupCounts
     waiting: int
-    """Messages that were not given yet; for a pattern that matches more than 1,000 topics, all messages put since."""
+    """Messages not given yet; if a pattern matches more than 1,000 topics, all messages after the last one given."""
     oldest_age_ms: int
     """Age of the oldest message that is not done; 0 if there is none."""
 
@@ -74,13 +74,13 @@ class GroupFigures:
     def stats(
         self, is_wanted: Callable[[Group], bool] = lambda _: True, seconds: float = 0.001
     ) -> Iterator[GroupStats]:
-        """Iterate over groups, in the order in which they began, with up to this much time to match topics for each."""
+        """Iterate over groups in the order in which they began; match the topics of each for up to `seconds`."""
         for group in list(self._groups.values()):
             if is_wanted(group):
                 yield self._describe(group, time.monotonic() + seconds)
 
     def first_stats(self, is_wanted: Callable[[Group], bool] = lambda _: True) -> Iterator[GroupStats]:
-        """Iterate over the first groups: one, and as many more as can be described without delaying other clients."""
+        """Iterate over the first groups: at least one, and as many as fit without delaying other clients."""
         until = time.monotonic() + _FIRST_SECONDS
         for stats in islice(self.stats(is_wanted, 0.0), MAX_FIRST):
             yield stats
@@ -90,7 +90,7 @@ class GroupFigures:
     def _describe(self, group: Group, until: float) -> GroupStats:
         with self.lock:
             held, again = group.in_flight, len(group.jobs) - group.in_flight
-            # In the order in which they were first given, which is the order of their ids.
+            # Jobs are in the order in which they were first given, which is the order of their ids.
             oldest = list(islice(group.jobs.values(), _MAX_PEEKS))
             position, counts = group.position, replace(group.counts)
             given = {topic: number for topic, (number, _) in group.numbers.items()}

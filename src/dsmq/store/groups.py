@@ -1,7 +1,7 @@
-"""Jobs shared among workers: each message goes to one worker of a group, and to another if it is not done in time.
+"""Jobs shared among workers: each message goes to one worker of a group and to another if it is not done in time.
 
-Groups keep only the state of jobs: see `group`. Messages are read from the store when they are given, so they expire,
-and count towards limits, like all others.
+Groups keep only the state of jobs: see `group`. Messages are read from the store when they are given, so they expire
+and count towards limits like all others.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from dsmq.store.topics import TopicTable
 
 FAILED_SUFFIX = b"/failed"
-# The min time that a worker that held a job before a restart has to finish it.
+# After a restart, workers have at least this long to finish the jobs that they held before it.
 LEASE_AFTER_RESTART_MS = 30_000
 # The pause before the next attempt to move a job to the topic for failed jobs.
 MOVE_AGAIN_MS = 1_000
-# Max jobs of a group moved there while holding the lock.
+# Max jobs of a group moved to that topic while holding the lock.
 MAX_MOVED = 20
-# Max messages given to a worker at once that were not given before.
+# Max new jobs given to a worker at once.
 MAX_NEW = 100
 # Max finished jobs remembered in all groups together, apart from the last few of each.
 _MAX_DONE, _LEAST_DONE = 30_000, 30
@@ -48,11 +48,11 @@ class GroupLimits(NamedTuple):
 
     max_groups: int = sys.maxsize
     max_jobs_in_flight: int = sys.maxsize
-    """In each group: jobs that workers hold, and those to be given again."""
+    """In each group: jobs that workers hold and those to be given again."""
     max_group_bytes: int = sys.maxsize
     """Approximate memory for all groups together."""
     max_attempts: int = 0
-    """A job given this many times, and not done, is moved to the topic for failed jobs. 0: never."""
+    """A job given this many times but not done is moved to the topic for failed jobs. 0: never."""
     max_topic_bytes: int = sys.maxsize
 
 
@@ -68,7 +68,7 @@ class Take(NamedTuple):
     max_bytes: int
     lease_ms: int
     token: bytes
-    """A request with the token of an earlier one gets those of its jobs that are still held. Empty: no token."""
+    """A request with the token of an earlier one gets the jobs of that one that are still held. Empty: no token."""
     worker: str
     """A name for status pages."""
     is_waiting: bool = False
@@ -135,7 +135,7 @@ class Groups(GroupFigures):
         """Acquired before the store's."""
         self.limits = GroupLimits()
         self.slice_seconds = 0.0005
-        """How long to search for jobs, or to give them again, while holding the lock."""
+        """How long to search for jobs or give them again while holding the lock."""
         self.on_messages: Callable[[set[bytes]], None] = lambda _: None
         """Called with the topics into which failed jobs were put."""
         self.on_available: Callable[[tuple[bytes, bytes]], None] = lambda _: None
@@ -151,7 +151,7 @@ class Groups(GroupFigures):
     # Jobs
 
     def take(self, request: Take) -> Answer[list[Job] | None]:
-        """Give jobs to a worker: an empty list if there are none now, None if the search has to be continued.
+        """Give jobs to a worker; return an empty list if there are none now, None if the search has to be continued.
 
         Raises Full.
         """
@@ -214,7 +214,7 @@ class Groups(GroupFigures):
             raise
 
     def _give_new(self, group: Group, request: Take, now: int, jobs: list[Job], max_bytes: int) -> list[Job] | None:
-        """Add messages that were not given before to the jobs given to a worker."""
+        """Add new jobs to the jobs given to a worker."""
         room = min(self._room(group), request.max_jobs - len(jobs), MAX_NEW)
         found = self._next(group, max(1, room), max_bytes if room > 0 else 1, now)
         if found.messages and room <= 0:
@@ -231,7 +231,7 @@ class Groups(GroupFigures):
         return jobs if jobs or (found.is_complete and not found.messages) else None
 
     def _room(self, group: Group) -> int:
-        """Return how many more new jobs the limits allow. All other jobs must be given again anyway."""
+        """Return how many new jobs the limits allow. Jobs given again are not limited."""
         return self.limits.max_jobs_in_flight - group.size if self._memory < self.limits.max_group_bytes else 0
 
     def _full(self, group: Group) -> Full:
@@ -254,7 +254,7 @@ class Groups(GroupFigures):
         return Found(found[-1].id if found else group.position, found, is_complete=True)
 
     def _give_again(self, group: Group, request: Take, now: int) -> tuple[list[Job], bool]:
-        """Return jobs that were given before, and whether these are all that are ready or requested."""
+        """Return jobs that were given before and whether these are all that are ready or requested."""
         jobs: list[Job] = []
         size, until = 0, time.monotonic() + self.slice_seconds
         while len(jobs) < request.max_jobs and size < request.max_bytes and (job := group.next_ready()):
@@ -340,7 +340,7 @@ class Groups(GroupFigures):
     # Leases and failures
 
     def expire(self) -> bool:
-        """End leases, move failed jobs, and forget groups not used for long; return whether there is more to do now."""
+        """End leases, move failed jobs, and forget long unused groups; return whether there is more to do now."""
         moved, is_done = set[bytes](), True
         for key, group in list(self._groups.items()):
             with self.lock:
@@ -364,7 +364,7 @@ class Groups(GroupFigures):
         del self._groups[key]
 
     def _move_failed(self, group: Group, now: int) -> set[bytes]:
-        """Move failed jobs to their topics, or try again later; return these topics."""
+        """Move failed jobs to their topics or try again later; return the topics."""
         moved = set()
         for job in group.failed[:MAX_MOVED]:
             try:
@@ -423,12 +423,12 @@ def failed_put(job: HeldJob, body: bytes, limits: GroupLimits, key: tuple[bytes,
     """Return the put into the topic for failed jobs. Raises BadRequest."""
     topic = job.topic + FAILED_SUFFIX
     if len(topic) > limits.max_topic_bytes:
-        raise BadRequest(f"a topic has at most {limits.max_topic_bytes} bytes, not {len(topic)}")
+        raise BadRequest(f"a topic may have at most {limits.max_topic_bytes} bytes, not {len(topic)}")
     return topic, body, key
 
 
 def count_unmoved(group: Group, job: HeldJob, error: Exception) -> None:
-    """Count an unsuccessful attempt to move a job there, and log the group's first."""
+    """Count an unsuccessful attempt to move a failed job to its topic and log the group's first."""
     if not group.counts.unmoved:
         topic = job.topic.decode()
         name, about = quoted(topic + FAILED_SUFFIX.decode()), logs.event("job_not_moved", topic=topic)

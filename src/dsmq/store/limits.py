@@ -1,4 +1,4 @@
-"""Refuses puts that would exceed a limit, and remembers which limits have refused puts recently."""
+"""Refuses puts that would exceed a limit and remembers which limits have refused puts recently."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class LimitChecker:
             raise Full(f"the server is full: {limit} = {most} reached")
 
     def _held(self, limit: str, name: bytes | None = None) -> tuple[int, int]:
-        """Return the current value for a limit, and the limit."""
+        """Return the current value that a limit applies to and the limit."""
         if name is not None:
             topic = self._topics.find(name)
             kept = self._topics.rules.of(topic)
@@ -159,7 +159,7 @@ class LimitChecker:
         self._full[limit] = topic, more, True
 
     def full(self) -> set[str]:
-        """Return as `Store.full` does."""
+        """See `Store.full`."""
         for limit, (topic, more, is_new) in list(self._full.items()):
             self._full[limit] = topic, more, False
             held, most = self._held(limit, topic)

@@ -1,12 +1,12 @@
 """A store shared by several servers: a NATS JetStream stream, which each server mirrors in SQLite.
 
-A put is published to the stream, and acknowledged once a majority of the engine's nodes has stored it; its id is its
-sequence number in the stream. Each server has its own consumer, and answers reads from its mirror. Each mirror numbers
+A put is published to the stream and acknowledged once a majority of the engine's nodes has stored it; its id is its
+sequence number in the stream. Each server has its own consumer and answers reads from its mirror. Each mirror numbers
 the messages of topics and detects repeated puts by itself; all mirrors agree, because they apply the same messages in
 the same order.
 
 A mirror may lag. So before a read returns nothing, and before every read of the latest message, the server asks the
-engine for the id of its last message, and waits until the mirror has it.
+engine for the id of its last message and waits until the mirror has it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
+import selectors
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -69,7 +71,8 @@ class NATSStore(SharedLimits, FreshReads):
         self.thread = threading.Thread(target=self._run, name="dsmq-nats", daemon=True)
         self._servers, self._credentials, self._tls = servers, credentials or Credentials(), tls
         self.rules, self._max_age_ms = StreamRules(), 600_000
-        self._loop = asyncio.new_event_loop()
+        self._selector = selectors.DefaultSelector()
+        self._loop = asyncio.SelectorEventLoop(self._selector)
         self._ready = threading.Event()
         self._startup_error: StartupError | None = None
         self._main_task: asyncio.Task[None] | None = None
@@ -79,7 +82,7 @@ class NATSStore(SharedLimits, FreshReads):
         self.due_at = math.inf
         self._is_lost = False
         self._on_unusable: Callable[[str], None]
-        # Used in the loop's thread only, which has not started yet.
+        # These are used only in the loop's thread, which has not started yet.
         self.connection = NATSConnection(servers, self._credentials, tls, f"dsmq {stream}")
         self.requests = Requests(self.connection)
         self.stream = Stream(stream, replicas)
@@ -125,7 +128,7 @@ class NATSStore(SharedLimits, FreshReads):
 
     @property
     def _is_disconnected(self) -> bool:
-        # A silent connection counts as connected until it is dropped, because a new one may follow at once.
+        # A silent connection counts as connected until it is dropped, because a new one may follow immediately.
         return not self.connection.connected and self.connection.silent_seconds > DISCONNECT_SECONDS
 
     @property
@@ -157,7 +160,7 @@ class NATSStore(SharedLimits, FreshReads):
         finally:
             self.publisher.close()
             self._ready.set()
-            # The official client leaves tasks if one of its connections was being replaced.
+            # The official client leaves tasks behind if one of its connections was being replaced.
             left = asyncio.all_tasks(self._loop)
             for task in left:
                 task.cancel()
@@ -223,6 +226,13 @@ class NATSStore(SharedLimits, FreshReads):
             self._loop.close()
         self.mirror.close()
 
+    def close_inherited(self) -> None:
+        # Replace the descriptors rather than close them, because the objects that own them still close them at exit.
+        null = os.open(os.devnull, os.O_RDWR)
+        for watched in (self._selector.get_map() or {}).values():
+            os.dup2(null, watched.fd, inheritable=False)
+        os.close(null)
+
     def _cancel(self) -> None:
         if not self._is_closing and self._main_task is not None:
             self._main_task.cancel()
@@ -250,7 +260,7 @@ class NATSStore(SharedLimits, FreshReads):
         return self._append(puts, together=False)
 
     def publish_job_fact(self, fact: bytes, answer: Future[list[Outcome]]) -> None:
-        """Publish a change of a group of workers. Raises StoreFailed."""
+        """Publish a change to a group of workers. Raises StoreFailed."""
         self.post(partial(self.publisher.put_fact, self.mirror.jobs_subject, fact, answer))
 
     def append_together(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
@@ -259,7 +269,7 @@ class NATSStore(SharedLimits, FreshReads):
     def _append(self, puts: Sequence[Put], *, together: bool) -> Answer[list[Outcome]]:
         for topic, body, _ in puts:
             if len(topic) > MAX_TOPIC_BYTES:
-                raise TooBig(f"a topic has at most {MAX_TOPIC_BYTES} bytes with this store, not {len(topic)}")
+                raise TooBig(f"a topic may have at most {MAX_TOPIC_BYTES} bytes with this store, not {len(topic)}")
             if len(body) > self.max_message_bytes:
                 raise TooBig(f"the engine accepts at most {self.max_message_bytes} bytes (max_payload)")
         known = self.mirror.store.check(puts)
@@ -276,7 +286,7 @@ class NATSStore(SharedLimits, FreshReads):
         self.post(partial(self.publisher.put, new, published, together=together))
         return answer
 
-    # The start of clients
+    # New clients
 
     def start_id(self) -> Future[int]:
         answer: Future[int] = Future()
@@ -323,7 +333,7 @@ class NATSStore(SharedLimits, FreshReads):
 
 
 def _merge(known: list[int | None], answer: Future[list[Outcome]], published: Future[list[Outcome]]) -> None:
-    """Answer with the outcomes of new puts, and the ids of those that were already stored."""
+    """Answer with the outcomes of new puts and the ids of those that were already stored."""
     error = published.exception()
     if error is not None:
         answer.set_exception(error)

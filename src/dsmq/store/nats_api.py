@@ -1,10 +1,10 @@
-"""Headers and error codes that are common to messages to JetStream and its answers."""
+"""Headers and error codes of JetStream that several modules use."""
 
 from __future__ import annotations
 
 from dsmq.errors import DSMQError
 
-# The header of a message that max_age spares.
+# The header of a message to which max_age does not apply.
 NEVER_EXPIRES = {"Nats-TTL": "never"}
 
 STREAM_NOT_FOUND, MESSAGE_NOT_FOUND, WRONG_SEQUENCE = 10059, 10037, 10071
@@ -14,7 +14,7 @@ FULL = frozenset((10002, 10023, 10028, 10047, 10077))
 
 
 class EngineError(DSMQError):
-    """The engine refuses a request, or does not answer."""
+    """The engine refuses a request or does not answer."""
 
     def __init__(self, text: str, code: int = 0) -> None:
         super().__init__(text)

@@ -1,6 +1,6 @@
 """A fast connection to a NATS server, for publishing and for the messages of a push consumer.
 
-The official client needs two to three times the processor time for these, and closes permanently after some errors. It
+The official client needs two to three times the processor time for these and closes permanently after some errors. It
 is used for everything else: see `nats_stream`. The protocol:
 https://docs.nats.io/reference/reference-protocols/nats-protocol
 """
@@ -178,7 +178,7 @@ class NATSConnection:
 
     @property
     def refusal(self) -> str:
-        """Why retrying is pointless: all servers failed, and one of them refused; empty if it may help."""
+        """Why retrying is pointless: all servers failed, and one of them refused; empty if it is not."""
         if len(self._failures) < (self._failures.maxlen or 1):
             return ""
         refusals = (f"{host}:{port}: {error}" for (host, port), error in self._failures if isinstance(error, Refused))
@@ -249,7 +249,7 @@ class NATSConnection:
                 self.on_lost()
 
     def _fail(self, error: Exception) -> None:
-        """Record why there is no connection, and log it once, not at each attempt."""
+        """Record why there is no connection and log it once, not at each attempt."""
         is_refused = isinstance(error, Refused)
         is_reported = self._is_reported and (isinstance(self.error, Refused) or not is_refused)
         # asyncio's timeouts have no message.
@@ -294,7 +294,7 @@ class NATSConnection:
         return transport, sock
 
     async def _serve(self, transport: asyncio.Transport, sock: _Socket) -> None:
-        """Pass messages on until the connection breaks or the server stops responding. Raises OSError."""
+        """Pass messages to listeners until the connection breaks or the server stops responding. Raises OSError."""
         self._transport, self.error = transport, None
         sock.on_data = lambda: self._receive(sock)
         self.opened_at = self.heard_at = boot_time()

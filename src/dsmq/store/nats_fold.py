@@ -38,7 +38,7 @@ class Delivery(NamedTuple):
 
 
 class Fold:
-    """Applies messages, as part of a mirror."""
+    """The part of a mirror that applies messages."""
 
     def __init__(self, stream: Stream, store: MirrorStore, rules: StreamRules, groups: NATSGroups) -> None:
         self._stream, self.store, self._rules, self.groups = stream, store, rules, groups
@@ -65,7 +65,7 @@ class Fold:
         """Apply the messages delivered so far."""
 
     async def wait_for(self, message_id: int) -> None:
-        """Wait until the mirror is complete, and has this message."""
+        """Wait until the mirror is complete and has this message."""
         while not (self.ready and self.store.last_id() >= message_id):
             self.applied.clear()
             await self.applied.wait()
@@ -134,7 +134,7 @@ class Fold:
             self._rules.report()
 
     async def _apply_change(self, store: MirrorStore, message_id: int, slices: Iterator[int]) -> None:
-        """Apply the slices, and let other tasks run in between. Later messages have to wait."""
+        """Apply the slices and let other tasks run in between. Later messages have to wait."""
         count = 0
         try:
             for changed in slices:
@@ -180,7 +180,7 @@ class Fold:
 
 
 def _key(message: Received) -> tuple[bytes, int] | None:
-    """Return a put's producer and number, which the client set, or otherwise the server."""
+    """Return a put's producer and number, set by the client or else by the server."""
     name, _, number = message.header(b"Nats-Msg-Id").rpartition(b":")
     if not number.isdigit():
         return None

@@ -1,4 +1,4 @@
-"""Publishes facts about groups of workers, and applies the facts of all servers in the order of the stream."""
+"""Publishes facts about groups of workers and applies the facts of all servers in the order of the stream."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class GroupFacts:
     _base: GroupCounts
     _forget: Callable[..., None]
     _count_memory: Callable[..., None]
-    # What a store without an engine does directly.
+    # The methods that change groups directly, without an engine.
     _done: Callable[..., object]
     _give_back: Callable[..., object]
     _extend: Callable[..., object]
@@ -80,7 +80,7 @@ class GroupFacts:
             self._base.add(group.counts, -1)
 
     def _publish(self, call: Call, what: str, key: Key, *values: object) -> None:
-        """Publish a fact; call this with None once it is applied, or with the reason why it is not."""
+        """Publish a fact; `call` gets None once it is applied, or the reason why it is not."""
         name = f"{self._own}.{next(self._numbers)}"
         fact = encode_fact(name, what, *map(as_text, key), *values)
         self._pending[name] = call
@@ -173,4 +173,4 @@ class GroupFacts:
 
 
 def _unsure() -> Unsure:
-    return Unsure("the mirror begins again; it may or may not have happened")
+    return Unsure("the mirror is being rebuilt; the change may or may not have been made")

@@ -1,7 +1,7 @@
-"""Changes to groups of workers, which a server plans, and all mirrors make when they get them from the stream.
+"""Changes to groups of workers: a server plans them, and all mirrors make them as they arrive from the stream.
 
-A planned change is written to the stream as a fact, in JSON. It contains the result, and the state that it was planned
-for: the group's position, and the version of each job that it changes. A mirror makes a change only if both still
+A planned change is written to the stream as a fact, in JSON. It contains the result and the state that it was planned
+for: the group's position and the version of each job that it changes. A mirror makes a change only if both still
 match, so if two servers plan to give the same job, the fact that comes first in the stream wins on all mirrors. This
 depends neither on clocks nor on message bodies.
 """
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 # The bytes that a job takes in a fact, without its topic; each byte of a name may take several.
 _JOB_BYTES, _NAME_FACTOR = 80, 6
-# Max jobs in a fact, whatever the engine accepts: planning or applying it takes up to 2 ms, holding the lock.
+# Max jobs in a fact, even if the engine accepts more: planning or applying it takes up to 2 ms, holding the lock.
 _MAX_JOBS = 100
 
 Version = tuple[int, int]
-"""The id of a job, and its version."""
+"""The id of a job and its version."""
 
 
 class Refused(Exception):
@@ -51,7 +51,7 @@ class SharedGroup(Group):
     changed_by: int = 0
     """The id of the last fact about the group."""
     searched: int = 0
-    """Up to this id, there are no messages to give after `position`."""
+    """There are no messages to give after `position`, up to this id."""
 
     def pop_ready(self) -> HeldJob | None:
         """Return the oldest job to be given again, if there is one, and hide it until `push_ready`."""
@@ -75,7 +75,7 @@ class SharedGroup(Group):
         self.failed.append(job)
 
     def unfit(self, versions: Iterable[Version]) -> bool:
-        """Return whether any of these jobs is done, or has changed."""
+        """Return whether any of these jobs is done or has changed."""
         return any((job := self.jobs.get(one)) is None or job.version != version for one, version in versions)
 
 
@@ -97,7 +97,7 @@ class _Given:
 
 @dataclass(slots=True)
 class Plan(Group):
-    """A group to give jobs from, without changing it: records what would be changed."""
+    """A stand-in for a group: gives its jobs without changing it and records the changes."""
 
     group: SharedGroup = field(kw_only=True)
     max_jobs: int = field(kw_only=True)
@@ -109,7 +109,7 @@ class Plan(Group):
     _popped: dict[int, HeldJob] = field(default_factory=dict)
     _planned: int = 0
     _repeated: int = 0
-    """The number of jobs given again, or given for repeated requests."""
+    """The number of jobs given again or given for repeated requests."""
     tokens: set[bytes] = field(default_factory=set)
     """The tokens of the requests in the plan."""
 
@@ -147,7 +147,7 @@ class Plan(Group):
         return self.group.position, self.position, given, self._skipped, self._expired
 
     def release(self) -> None:
-        """Make jobs that were planned to be given again available, unless they have been given."""
+        """Make the jobs that `next_ready` took available again, unless they have been given."""
         self.group.push_ready(self._popped.values())
 
     # What `Groups` does with a group
@@ -157,7 +157,7 @@ class Plan(Group):
 
     def next_ready(self) -> HeldJob | None:
         while (job := self.group.pop_ready()) is not None:
-            # It is there twice if its lease was extended after its end.
+            # A job is queued twice if its lease was extended after its end.
             if job.id not in self._popped:
                 self._popped[job.id] = job
                 return _copy(job)
@@ -195,7 +195,7 @@ def _copy(job: HeldJob) -> HeldJob:
 
 
 def apply_plan(group: SharedGroup, fact: list[Any], message_id: int, now: int, age_ms: int) -> None:
-    """Make the changes of a plan, whose fact has this id and is this old. Raises Refused."""
+    """Make the changes of a plan. The id and the age are those of its fact. Raises Refused."""
     position, reached, given, skipped, expired = fact
     gone = {one for one, _ in expired}
     tokens = [as_bytes(token) for token, *_ in given if token]
@@ -228,14 +228,14 @@ def _apply_given(group: SharedGroup, given: list[Any], now: int, age_ms: int) ->
     token, worker, lease_ms, new, again, repeated = given
     until, since = now + max(0, lease_ms - age_ms), max(0, now - age_ms)
     jobs = []
-    # In the order of ids, like all jobs of a group.
+    # Add jobs in the order of ids, like all jobs of a group.
     for message_id, number, dropped, topic in sorted((*one, topic) for topic, found in new.items() for one in found):
         name = as_bytes(topic)
         group.count_until(name, number, dropped)
         jobs.append(group.add(message_id, name))
     group.counts.repeated += len(again)
     jobs += [group.jobs[one] for one, _ in again]
-    # In the order in which they are returned if the request is repeated.
+    # Give jobs in the order in which they are returned if the request is repeated.
     for job in sorted(jobs, key=lambda job: job.id):
         group.give(job, until, since, as_bytes(token), worker)
     for one, _ in repeated:

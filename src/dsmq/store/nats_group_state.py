@@ -1,8 +1,8 @@
 """Keeps the state of all groups of workers in the stream, for servers that start after facts have expired.
 
-Any server writes it several times per max_age, in parts: messages that never expire. A last message with the parts' ids
-makes them valid. If two servers write at the same time, the second one's last message is refused, so no server deletes
-parts that are valid.
+One of the servers writes it several times per max_age, in parts: messages that never expire. A last message with the
+parts' ids makes them valid. If two servers write at the same time, the second one's last message is refused, so no
+server deletes parts that are valid.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Max bytes of a part, unless the engine accepts less.
 _PART_BYTES = 262_144
-# Max finished jobs in a row, and how often to read the parts again if they have just been replaced.
+# Max finished jobs in a row, and max attempts to read the parts, which may just have been replaced.
 _ROW_JOBS, _READS = 200, 3
 
 _logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ async def write_state(stream: Stream, groups: NATSGroups, at: int) -> None:
     except EngineError as error:
         if error.code != WRONG_SEQUENCE:
             raise
-        # Another server was first. The next one deletes these parts.
+        # Another server was first. The next server that writes deletes these parts.
         return
     await stream.purge(f"{stream.name}.facts.state", min(ids, default=valid))
 

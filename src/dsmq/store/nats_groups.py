@@ -1,6 +1,6 @@
 """Groups of workers over NATS: each change is a fact in the stream, which all mirrors apply in the same order.
 
-A server publishes a fact, and answers once its own mirror has it, because only then is it known whether the fact still
+A server publishes a fact and answers once its own mirror has it, because only then is it known whether the fact still
 applied: see `nats_group_plan`. If not, it plans again. For each group, a server has at most one fact with jobs to give
 in flight; requests that arrive meanwhile share the next.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dsmq.store.nats import NATSStore
     from dsmq.store.sqlite import MirrorStore
 
-# If a group is used without being changed, a fact keeps it, this many times per max_age.
+# While a group is used without changing, facts keep it from being forgotten, this many per max_age.
 _USES_PER_MAX_AGE = 4
 
 
@@ -41,7 +41,7 @@ class _Asked:
     is_later: bool = False
     """Whether it is answered later."""
     is_fresh: bool = False
-    """Whether the mirror has all that the engine had when the request arrived."""
+    """Whether the mirror has everything that the engine had when the request arrived."""
     jobs: list[Job] = field(default_factory=list)
 
 
@@ -67,7 +67,7 @@ class NATSGroups(GroupFacts, Groups):
         Groups.__init__(self, Source())
         self.lock = threading.RLock()  # type: ignore[assignment]
         self._lanes: dict[Key, _Lane] = {}
-        # The facts in flight about failed jobs, by id, and about unused groups, as 0.
+        # The failed jobs, by id, and unused groups (id 0) about which a fact is in flight.
         self._ending: set[tuple[Key, int]] = set()
 
     # Requests
@@ -99,7 +99,7 @@ class NATSGroups(GroupFacts, Groups):
     def _try_to_settle(
         self, answer: Future[None], key: Key, receipts: Sequence[Receipt], what: str, *values: object
     ) -> bool:
-        """Publish a change of jobs that a worker holds; return False if it no longer holds one of them."""
+        """Publish a change to jobs that a worker holds; return False if it no longer holds one of them."""
         with self.lock:
             group = self._groups.get(key)
             is_repeated = what == "done" and all(is_known(group, one) for one in receipts)
@@ -148,7 +148,7 @@ class NATSGroups(GroupFacts, Groups):
 
     def _read(self, group: Group, job: HeldJob) -> Message | None:
         if job.id > self._source.last_id():
-            # It has not expired.
+            # Otherwise, the job would count as expired.
             raise StoreFailed("the mirror does not have the message of a job yet")
         return super()._read(group, job)
 
@@ -159,7 +159,7 @@ class NATSGroups(GroupFacts, Groups):
             self._plan_next(key, lane)
 
     def _plan_next(self, key: Key, lane: _Lane) -> None:
-        """Plan jobs for the requests of a group, and publish the plan. Requires the lock."""
+        """Plan jobs for the requests of a group and publish the plan. Requires the lock."""
         plan: Plan | None = None
         given: list[_Asked] = []
         while lane.queue and (plan is None or self._has_room(plan, lane.queue[0].request)):
@@ -202,11 +202,11 @@ class NATSGroups(GroupFacts, Groups):
         return plan
 
     def _begin(self, request: Take, now: int) -> SharedGroup:
-        # The plan creates it on all servers.
+        # The plan creates the group on all servers.
         return SharedGroup(request.key, request.group, request.selection, now)
 
     def _fill(self, plan: Plan, asked: _Asked) -> bool:
-        """Plan jobs for a request, and return True; False if it is answered otherwise. Raises ReplyError."""
+        """Plan jobs for a request; return False if the request is answered in another way. Raises ReplyError."""
         request, now = plan.begin(asked.request), self._source.now()
         found = self._repeat(plan, request, now) or self._take(plan, request, now)
         asked.jobs = found or []
@@ -222,7 +222,7 @@ class NATSGroups(GroupFacts, Groups):
         return False
 
     def _refuse(self, key: Key, asked: _Asked, error: ReplyError | None) -> None:
-        """Answer that there are no jobs, or with an error, but only if the mirror does not lag."""
+        """Answer without jobs or with an error. If the mirror may lag, try again first."""
         may_lag = asked.request.is_waiting and not isinstance(error, StoreFailed)
         if not (asked.is_fresh or may_lag):
             asked.is_fresh = True
@@ -281,7 +281,7 @@ class NATSGroups(GroupFacts, Groups):
         return [job for job in group.failed if (key, job.id) not in self._ending][:MAX_MOVED]
 
     def _end(self, key: Key, job_id: int, what: str, *values: object) -> None:
-        """Publish a fact about a failed job, or about an unused group (0), unless one is in flight."""
+        """Publish a fact about a failed job or about an unused group (0), unless one is in flight."""
         ending = key, job_id
         if ending not in self._ending:
             self._ending.add(ending)

@@ -29,7 +29,7 @@ START_SECONDS = 3.0
 _NO_RESPONSE = "the engine does not answer"
 # Higher than any id, so that the message is refused; the error contains the last id.
 _ASK_LAST_ID = ((b"Nats-Expected-Last-Sequence", b"9223372036854775806"),)
-# Replaces the previous one, so that the stream does not grow.
+# Each message replaces the previous one, so that the stream does not grow.
 _REPLACE = ((b"Nats-Rollup", b"sub"),)
 # A node without a majority is abandoned after this time. Most elections are shorter.
 LEAVE_SECONDS, WATCH_SECONDS = 6.0, 1.0
@@ -54,7 +54,7 @@ class ReadIndex:
     """Delays reads until the mirror has everything that the engine had when they arrived (Raft, section 6.4).
 
     A leader that is cut off from the others does not know what they store. If the stream's information does not prove
-    that there is no other leader, an empty message is published: it is acknowledged by a majority.
+    that there is no other leader, an empty message is published, which a majority has to acknowledge.
     """
 
     def __init__(self, mirror: Mirror, connection: NATSConnection, requests: Requests, stream: Stream) -> None:
@@ -111,11 +111,11 @@ class ReadIndex:
         """Return the id of the engine's last message; None if it is not certain."""
         mirrored = self._mirror.store.last_id()
         last_id = await self._ask()
-        # Otherwise it is from a leader that does not know its last id yet, or from a new stream.
+        # A lower id comes from a leader that does not know its last id yet or from a new stream.
         return last_id if last_id is not None and last_id >= mirrored else None
 
     async def _ask(self) -> int | None:
-        """Return the id of the engine's last message; None if it does not answer, or is not certain."""
+        """Return the id of the engine's last message; None if it does not answer or is not certain."""
         asked = boot_time()
         if asked >= self._stream.sole_leader_until:
             proof = await self._publish()
@@ -134,8 +134,8 @@ class ReadIndex:
     async def _last_id_if_full(self, asked: float) -> int | None:
         """Return the id of the engine's last message, once a majority has followed its leader for a while.
 
-        The stream has no room for a message that would prove this at once. Messages in flight between the nodes when
-        the read arrived prove nothing, hence the wait.
+        The stream has no room for a message that would prove this immediately. Messages in flight between the nodes
+        when the read arrived prove nothing, hence the wait.
         """
         while boot_time() < asked + PROOF_SECONDS:
             await asyncio.sleep(INDEX_SECONDS)
@@ -158,7 +158,7 @@ class ReadIndex:
 
     async def last_stored_id(self) -> int:
         """Return an id that is not below that of any stored message. Raises EngineError."""
-        # Not what `_ask` returns, which counts messages that may never be stored.
+        # `_ask` is of no use here: it counts messages that may never be stored.
         asked = boot_time()
         last_id = await self._stream.last_id()
         if asked < self._stream.sole_leader_until:
@@ -178,7 +178,7 @@ class ReadIndex:
             with suppress(EngineError):
                 await self._stream.last_id()
             ack = await self._publish()
-            # A full stream refuses it.
+            # A full stream refuses the message.
             if ack.id or ack.code in FULL or not self._connection.connected:
                 majority_at = boot_time()
             elif boot_time() - majority_at > LEAVE_SECONDS:

@@ -39,11 +39,11 @@ class LeaderFollower:
     async def follow(self) -> None:
         """Move to the leader if it is another node that can be reached."""
         leader, connection, now = self._stream.leader, self._connection, boot_time()
-        # Unknown if no majority has confirmed it recently, for example during an election.
+        # The leader is unknown if no majority has confirmed it recently, for example during an election.
         is_known = leader and now - self._stream.majority_at < _KNOWN_SECONDS
         if not is_known or leader == connection.server or not connection.responds or now < self._not_before:
             return
-        # Random, so that not all servers interrupt their puts at the same time.
+        # Pause for a random time, so that not all servers interrupt their puts together.
         self._not_before = now + PAUSE_SECONDS * random.uniform(1, 2)  # noqa: S311 - not a secret
         server = await connection.find(leader)
         if server is not None and leader == self._stream.leader:

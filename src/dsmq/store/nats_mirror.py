@@ -32,19 +32,18 @@ if TYPE_CHECKING:
 # A consumer that is silent for this long is lost; it sends a heartbeat once a second.
 LOST_SECONDS = 2.5
 CHECK_SECONDS = 1.0
-# Max time to follow the stream again after a lost connection, if nothing else is wrong.
+# Following the stream again after a lost connection takes less than this, unless something else is wrong.
 RECOVERY_SECONDS = 5.0
 RETRY_SECONDS = 0.25
 CLOSE_SECONDS = 2.0
-# How long to wait for a new consumer, at first and then. The engine may place it on a node that has just died.
+# How long to wait for a new consumer, at first and later. The engine may place it on a node that has just died.
 FIRST_CREATE_SECONDS, CREATE_SECONDS = 0.5, 1.0
-# The number of checks that may find the stream behind the mirror, because answers may be stale, before its messages
-# count as lost.
+# Messages count as lost once this many checks in a row find the stream behind the mirror; one answer may be stale.
 MAX_BEHIND = 3
 # The topics' numbers are written to the stream this many times per max_age, by any one of the servers.
 FACTS_PER_MAX_AGE = 4
 _FLOW_CONTROL = 100
-# Higher than any number of pending messages: not known yet.
+# An unknown number of pending messages: higher than any real one.
 _UNKNOWN = 1 << 62
 
 _logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ class Lag:
 
     def __init__(self) -> None:
         self._stream_id = self._mirrored_id = 0
-        # When the mirror was last complete; an id, and the time as of which it is complete once it has that id.
+        # When the mirror was last complete. Once it has the id in `_next`, it is complete as of the time there.
         self._complete_at = boot_time()
         self._next: tuple[int, float] | None = None
 
@@ -146,7 +145,7 @@ class Mirror(Fold):
             await asyncio.gather(*self._deletions, return_exceptions=True)
 
     def _fail(self, error: EngineError) -> None:
-        """Record why the stream is not being followed, and log it once, not at each attempt."""
+        """Record why the stream is not being followed and log it once, not at each attempt."""
         self.error = error
         if self._is_reported or self._is_explained():
             _logger.debug("not following the stream: %s", error)
@@ -197,7 +196,7 @@ class Mirror(Fold):
         finally:
             self._connection.unsubscribe(subscription)
             self.apply()
-            # In the background, because it takes a second if the consumer was on a node that has died.
+            # Delete it in the background, because that takes a second if its node has died.
             deletion = asyncio.create_task(self._stream.delete_consumer(name))
             self._deletions.add(deletion)
             deletion.add_done_callback(self._deletions.discard)
@@ -219,7 +218,7 @@ class Mirror(Fold):
             self.store = self._new_store()
         self.groups.begin(self.store)
         self._stream.rules, self._stream.is_configured = None, False
-        # Delayed, because other threads may be reading it.
+        # Close the old store later, because other threads may be reading it.
         asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._close_oldest)
 
     def _close_oldest(self) -> None:
@@ -325,7 +324,7 @@ class Mirror(Fold):
             self.ready = True
             self.groups.begin_counts()
             if self.groups.count:
-                # Write the state before facts expire that are not part of the last one.
+                # Write the state before facts that are not part of the last one expire.
                 self._facts_at = -math.inf
             self.applied.set()
             self.on_ready()

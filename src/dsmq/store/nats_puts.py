@@ -22,7 +22,7 @@ from dsmq.store.nats_requests import Ack, Requests
 if TYPE_CHECKING:
     from dsmq.store.nats_index import ReadIndex
 
-# A batch is stored atomically, with one acknowledgement. Puts that arrive meanwhile form the next one.
+# A batch is stored atomically, with one acknowledgement. Puts that arrive in the meantime form the next one.
 BATCH_MESSAGES, BATCH_BYTES = 500, 524_288
 # How long to wait for an answer before the puts are sent again, under the same ids, and how long to keep trying.
 ATTEMPT_SECONDS, PUT_SECONDS = 1.0, 20.0
@@ -39,11 +39,11 @@ class _Publish(NamedTuple):
     subject: bytes
     message_id: bytes
     put: Put
-    """With the publisher's own key, if it had none."""
+    """If it had no key, with one of the publisher's own."""
 
     @property
     def is_retry(self) -> bool:
-        """Whether an earlier attempt, perhaps of another server, may have stored it."""
+        """Whether an earlier attempt, perhaps by another server, may have stored it."""
         return isinstance(self.put[2], RetriedKey)
 
     def encode(self, reply: bytes, batch: Sequence[tuple[bytes, bytes]] = ()) -> bytes:
@@ -96,7 +96,7 @@ class Publisher:
         # What is being published now.
         self._appends: list[_Append] = []
         self._began = 0.0
-        # A batch whose first attempt had no outcome, and the engine's answer; or a defect.
+        # A batch whose first attempt had no outcome, and the engine's answer; or an unexpected exception.
         self._failed: asyncio.Queue[tuple[_Batch, Ack | None] | Exception] = asyncio.Queue()
         # The ids of puts without a key.
         self._own = f"s.{secrets.token_hex(8)}".encode()
@@ -127,7 +127,7 @@ class Publisher:
 
     async def run(self) -> None:
         """Publish queued puts until cancelled."""
-        # First attempts are made without a task, because it takes two more turns of the event loop for each put.
+        # First attempts are made without a task, which would take two more iterations of the event loop per put.
         self._is_running = True
         try:
             self._begin()
@@ -149,7 +149,7 @@ class Publisher:
             self._queue.popleft().answer.set_exception(StoreFailed("the store is closed"))
 
     def _begin(self) -> None:
-        """Send the next batch, if none is under way."""
+        """Send the next batch if none is in flight."""
         if self._appends or not self._queue or not self._is_running:
             return
         self._appends = appends = self._take()
@@ -169,11 +169,11 @@ class Publisher:
             self._failed.put_nowait(error)
 
     def _finish(self, outcomes: list[Outcome], *, is_sure: bool) -> None:
-        """Send the next batch, and answer this one.
+        """Send the next batch and answer this one.
 
-        If reads of the same transaction follow, or if the engine may have stored it twice, it is answered once the
-        mirror has it: the engine forgets ids sooner than the mirrors do, and a new leader repeats what the last one
-        began.
+        If reads of the same transaction follow or if the engine may have stored it twice, it is answered once the
+        mirror has it. The engine may store a put twice, because it forgets ids sooner than the mirrors do, and because
+        a new leader repeats what the previous one began.
         """
         self.seconds += time.monotonic() - self._began
         self.published += 1
@@ -204,7 +204,7 @@ class Publisher:
         return taken
 
     def _outcomes(self, batch: _Batch, ack: Ack | None, *, is_sent: bool) -> list[Outcome]:
-        """Return the outcomes of a batch; none if they are unknown, or it has to be split or retried.
+        """Return the outcomes of a batch; none if they are unknown or if it has to be split or retried.
 
         `is_sent`: an earlier attempt may have stored it.
         """
@@ -227,10 +227,10 @@ class Publisher:
         return await self._publish_parts(batch, ack, is_sent=is_sent) or await self._publish(batch, is_sent=is_sent)
 
     async def _publish_parts(self, batch: _Batch, ack: Ack | None, *, is_sent: bool) -> list[Outcome]:
-        """Publish a batch in another way if the engine has refused it; otherwise wait, and return no outcomes."""
+        """Publish a batch in another way if the engine has refused it; otherwise wait and return no outcomes."""
         if len(batch.messages) > 1 and ack is not None and (ack.id or ack.code not in (0, _IN_PROCESS)):
             if not batch.together:
-                # It contains repeated puts, or there is no room for all of it.
+                # The batch contains repeated puts, or the stream has no room for all of it.
                 self.split += 1
                 outcomes: list[Outcome] = []
                 for message in batch.messages:
@@ -290,7 +290,7 @@ def _may_be_stored(ack: Ack | None) -> bool:
 def _refusal(ack: Ack) -> ReplyError:
     if ack.code in FULL:
         return Full(f"the engine is full: {ack.text}")
-    return StoreFailed(f"the engine refused it: {ack.text} ({ack.code})")
+    return StoreFailed(f"the engine refused the message: {ack.text} ({ack.code})")
 
 
 def _unsure() -> Unsure:

@@ -1,4 +1,4 @@
-"""The part of a NATS store that its mirror, which may lag, can answer."""
+"""The requests to a NATS store that its mirror, which may lag, can answer."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class FreshReads(MirroredStore):
 
     @abstractmethod
     def post(self, call: Callable[[], None]) -> None:
-        """Run this in the thread of the store."""
+        """Run a function in the store's thread."""
 
     def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> Answer[list[Message]]:
         store = self.mirror.store
@@ -117,7 +117,7 @@ class FreshReads(MirroredStore):
         return max(self.mirror.store.last_id(), self.publisher.last_id)
 
     def check_id(self, after: int) -> None:
-        """Do nothing: an id from another server may be later than the mirror's last one, so reads check it."""
+        """Do nothing: an id from another server may be above the mirror's last one, so reads check it."""
 
     def _when_fresh(self, after: int, read: Callable[[MirrorStore], T]) -> Future[T]:
         """Read once the mirror has everything that the engine has now."""
@@ -143,7 +143,7 @@ class FreshReads(MirroredStore):
         self.post(partial(self._index.add, call))
 
     def purge(self, selection: Selection) -> Iterator[Answer[int]]:
-        """Make all servers purge their mirrors, and wait for this server's."""
+        """Make all servers purge their mirrors and wait for this server's."""
         done: Future[int] = Future()
         counts: list[int] = []
 
@@ -157,7 +157,7 @@ class FreshReads(MirroredStore):
         def finish(message_id: int, error: Exception | None) -> None:
             if error is None:
                 counts.append(self.mirror.purged.get(message_id, 0))
-                # Not the count, because the caller may have asked twice.
+                # Not the count, because the caller may get this answer twice.
                 done.set_result(0)
             else:
                 done.set_exception(Unsure(f"{error}; messages may or may not have been purged"))

@@ -32,7 +32,7 @@ NOT_SENT = Ack(text="there is no receiver")
 
 
 class Requests:
-    """Sends requests, and passes the replies on. Used in one asyncio event loop."""
+    """Sends requests and passes the replies on. Used in one asyncio event loop."""
 
     def __init__(self, connection: NATSConnection) -> None:
         self._connection = connection
@@ -44,7 +44,7 @@ class Requests:
     def send(self, encode: Callable[[bytes], bytes], seconds: float, call: Callable[[Ack | None], None]) -> None:
         """Send a request, encoded with its reply subject; pass the answer to `call`, or None if none arrives in time.
 
-        The answer is NOT_SENT if there is no connection, or no listener for the request.
+        The answer is NOT_SENT if there is no connection or no listener for the request.
         """
         subject = b"%b%d" % (self._inbox, next(self._numbers))
         self._pending[subject] = call, asyncio.get_running_loop().call_later(seconds, self._answer, subject, None)
@@ -52,7 +52,7 @@ class Requests:
             self._answer(subject, NOT_SENT)
 
     async def ask(self, encode: Callable[[bytes], bytes], seconds: float) -> Ack | None:
-        """Send a request, and return the answer."""
+        """Send a request and return the answer."""
         future: asyncio.Future[Ack | None] = asyncio.get_running_loop().create_future()
         self.send(encode, seconds, lambda ack: None if future.done() else future.set_result(ack))
         return await future

@@ -1,6 +1,6 @@
 """The rules for topics over NATS: they are stored in the stream, and all mirrors apply them from that point on.
 
-The last rules apply. A server writes the rules in its settings when it starts, and when they change, if the stream has
+The latest rules apply. A server writes the rules in its settings when it starts and when they change, if the stream has
 others; a server without rules in its settings adopts the stream's.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dsmq.store.nats_stream import Stream
     from dsmq.store.sqlite import MirrorStore
 
-# How long to try to write rules, and how long a reload waits for that.
+# How long to try to write rules and how long a reload waits for that.
 WRITE_SECONDS, RELOAD_SECONDS = 20.0, 5.0
 _RETRY_SECONDS = 0.25
 
@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 
 class StreamRules:
-    """The limits in this server's settings, and the stream's rules, which override some of them."""
+    """The limits in this server's settings and the stream's rules, which override some of them."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -45,7 +45,7 @@ class StreamRules:
         """Whether the rules in the settings have changed since they were written."""
 
     def limits(self) -> Limits:
-        """Return the limits to apply: the stream's for what topics drop, otherwise this server's."""
+        """Return the limits to apply: those in the stream's rules, and this server's for the rest."""
         return decode_rules(self.fact or NO_RULES, self.own)
 
     def to_write(self) -> bytes | None:
@@ -55,7 +55,7 @@ class StreamRules:
         return own if own != (self.fact or NO_RULES) and (self.is_unwritten or is_missing) else None
 
     def apply(self, store: MirrorStore, fact: bytes, milliseconds: int) -> Iterator[int]:
-        """Apply the stream's rules as of this long ago, in slices. Raises ValueError."""
+        """Apply the stream's rules, written this long ago, in slices. Raises ValueError."""
         decode_rules(fact, self.own)
         # Messages that had expired by then stay expired.
         yield from store.expire_as_of(milliseconds)
@@ -110,7 +110,7 @@ class SharedLimits:
             self.mirror.store.limits = rules.limits()
         self._configure()
         if self.thread.is_alive() and self.mirror.ready and rules.to_write() is not None:
-            # Wait, so that they apply once the server logs the reload.
+            # Wait, so that the rules apply by the time the server logs the reload.
             with suppress(TimeoutError, CancelledError):
                 asyncio.run_coroutine_threadsafe(self._write_rules(), self._loop).result(RELOAD_SECONDS)
 

@@ -6,9 +6,9 @@ Subjects, if the stream is called `dsmq`:
     dsmq.genesis        the epoch: the first message of a stream, which never expires
     dsmq.facts.<part>   the numbers of the topics' last messages as of an id, for servers that start later
     dsmq.facts.purge    names and patterns of topics: mirrors delete all messages before this one
-    dsmq.facts.jobs     changes of groups of workers, which mirrors make only if they still apply
+    dsmq.facts.jobs     changes to groups of workers, which mirrors make only if they still apply
     dsmq.facts.groups   the state of all groups: as of which id, and the ids of its parts (dsmq.facts.state)
-    dsmq.facts.rules    what topics keep from here on; the last one never expires
+    dsmq.facts.rules    the rules for topics from here on; the last one never expires
 
 This module uses the official client; see `nats_connection` for the requests that must be fast.
 """
@@ -63,7 +63,7 @@ MIN_VERSION = "2.12.1"
 DEDUPLICATION_SECONDS = 120
 # Messages stay in the stream for longer than max_age, because the servers decide when a message expires.
 _MARGIN, _MIN_MARGIN_SECONDS = 0.1, 60
-# Nodes delete messages by their own clocks, so a difference of less than the margin loses none.
+# Nodes delete messages by their own clocks, so clocks that differ by less than the margin lose none.
 CLOCK_TOLERANCE_SECONDS = _MIN_MARGIN_SECONDS
 _API_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 1
@@ -71,7 +71,7 @@ _HEARTBEAT_SECONDS = 1
 SOLE_LEADER_SECONDS = 3.5
 # Numbers are spread over this many messages, because the size of a message is limited.
 FACT_PARTS = 16
-# The max size of a message besides its body and topic.
+# The max size of a message without its body and topic.
 HEADER_BYTES = 1024
 
 _logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class StreamState(NamedTuple):
     now_ms: int
     """The engine's clock: milliseconds since 1970."""
     kept_ms: float = math.inf
-    """No message was put longer ago than this; infinite if none has expired."""
+    """How long the stream keeps messages; infinite if none has expired yet."""
 
 
 class StoredMessage(NamedTuple):
@@ -107,7 +107,7 @@ class Stream:
         self.facts_prefix = f"{name}.facts.".encode()
         self._client = Client()
         self.sole_leader_until = self.majority_at = -math.inf
-        """By `boot_time`: until when no other node can become the leader, and when a majority last followed one."""
+        """Until when no other node can become the leader, and when a majority last followed one, by `boot_time`."""
         self.heard_at = -math.inf
         """When the leader last had contact with a majority, as of its last answer."""
         self.leader = ""
@@ -138,7 +138,7 @@ class Stream:
 
     async def _connect(self) -> None:
         servers = self._servers
-        # An attempt may take all its time for a node that does not answer, so the next one begins with another.
+        # An attempt may spend all its time on a node that does not answer, so the next one begins with another.
         self._servers = [*servers[1:], servers[0]]
         self._client = await self._new_client(servers)
 
@@ -155,8 +155,8 @@ class Stream:
             await _close(self._client)
 
     async def open(self) -> None:
-        """Create the stream if it does not exist. Raises StartupError if it is not dsmq's, or can't be used."""
-        # Set first, so that a concurrent change is not lost.
+        """Create the stream if it does not exist. Raises StartupError if it is not dsmq's or can't be used."""
+        # Set this first, so that a concurrent change is not lost.
         self.is_configured = True
         try:
             found = (await self._request(f"STREAM.INFO.{self.name}"))["config"]
@@ -188,7 +188,7 @@ class Stream:
             # The stream is usable with its old configuration.
             _logger.error("can't update the configuration of stream %s: %s", self.name, error)
         else:
-            _logger.warning("the stream %s is now configured by this server's settings", self.name)
+            _logger.warning("stream %s has been reconfigured with this server's settings", self.name)
 
     async def _create(self, wanted: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -317,7 +317,7 @@ class Stream:
     # Facts
 
     async def read_facts(self) -> list[tuple[int, dict[bytes, int]]]:
-        """Return the topics' last numbers, in parts: an id, and the numbers as of that id."""
+        """Return the topics' last numbers, in parts: an id and the numbers as of that id."""
         parts = []
         for part in range(FACT_PARTS):
             if found := await self._last_of(f"{self.name}.facts.{part}"):
@@ -349,7 +349,7 @@ class Stream:
         return self._client.max_payload - HEADER_BYTES
 
     async def publish(self, subject: str, body: bytes, headers: dict[str, str]) -> int:
-        """Publish a message, and wait until it is stored; return its id."""
+        """Publish a message and wait until it is stored; return its id."""
         if len(body) > self.max_body_bytes:
             raise EngineError(f"a message of {len(body)} bytes is longer than the engine accepts (max_payload)")
         return int(_parse(await self._ask(subject, body, _API_SECONDS, headers))["seq"])
@@ -359,7 +359,7 @@ class Stream:
         return found and found.body
 
     async def find(self, **which: object) -> StoredMessage | None:
-        """Return the message with an id (`seq`), or the last one with a subject (`last_by_subj`), if there is one."""
+        """Return the message with an id (`seq`) or the last one with a subject (`last_by_subj`), if there is one."""
         try:
             found = (await self._request(f"STREAM.MSG.GET.{self.name}", which))["message"]
         except EngineError as error:
@@ -415,7 +415,7 @@ async def _new_client(credentials: Credentials, tls: SSLContext | None, servers:
             max_outstanding_pings=3,
         )
     except BaseException:
-        # Half connected, it would neither answer requests nor count as closed.
+        # A half-connected client would neither answer requests nor count as closed.
         await _close(client)
         raise
     return client

@@ -14,7 +14,7 @@ from dsmq.store.topics import TopicTable
 
 
 class Purges:
-    """Purges, as part of a store."""
+    """The part of a store that purges topics."""
 
     _database: Database
     _topics: TopicTable
@@ -37,7 +37,7 @@ class Purges:
             yield count
 
     def _purge_some(self, selection: Selection, topics: list[int], last_id: int) -> int:
-        """Delete some messages, and remove finished topics from the list; return the number of messages deleted."""
+        """Delete some messages and remove finished topics from the list; return the number of messages deleted."""
         if self._database.is_being_copied:
             raise StoreFailed("a snapshot is being written; purge again when it is done")
         count, until = 0, time.monotonic() + SLICE_SECONDS

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dsmq.store.api import Found, TopicMessage
 from dsmq.store.group import Group
 
-# Max messages read at once, and max bytes kept. Each time all of them have been given, twice as many are read.
+# Messages read at first and at most, and max bytes kept. Each time all have been given, twice as many are read.
 _MIN_MESSAGES, MAX_MESSAGES, MAX_BYTES = 2, 32, 8_192
 # Max groups for which messages are kept; the groups that took messages last are chosen.
 _MAX_GROUPS = 100
@@ -18,7 +18,7 @@ _MAX_GROUPS = 100
 @dataclass(slots=True)
 class _Ahead:
     after: int
-    """The messages follow this id, without gaps, as far as they were read."""
+    """The messages follow this id without gaps."""
     messages: deque[TopicMessage]
     wanted: int
     read_at: int
@@ -34,7 +34,7 @@ class ReadAhead:
         self._ahead: OrderedDict[tuple[bytes, bytes], _Ahead] = OrderedDict()
 
     def next(self, group: Group, now: int, state: object) -> Found:
-        """Return a group's next message. It is not given yet: until the group moves on, it is returned again."""
+        """Return a group's next message. Until the group's position reaches it, it is returned again."""
         ahead = self._ahead.get((group.key, group.name))
         # With a shared store, a group may move back, if other servers did not accept what it gave.
         if ahead is not None and ahead.after <= group.position and ahead.state == state:
@@ -57,7 +57,7 @@ class ReadAhead:
             return found
         first, *others = found.messages
         if sum([len(message.body) for message in others]) > MAX_BYTES:
-            # The last one is long.
+            # The last message is long.
             others.pop()
         self._ahead[key] = _Ahead(first.id, deque(others), count, now, state)
         if len(self._ahead) > _MAX_GROUPS:

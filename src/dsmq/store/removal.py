@@ -1,10 +1,10 @@
-"""Deletes messages that have expired, and messages that a topic drops to make room for newer ones.
+"""Deletes messages that have expired and messages that a topic drops to make room for newer ones.
 
 If no rule sets an age, the first rows are the expired ones. Otherwise, a queue orders topics by when their oldest
-message expires, or by an earlier time if that message has been dropped since.
+message expires or by an earlier time if that message has been dropped since.
 
-A dropped message may share a row with others, or may still have to be copied for a snapshot. So a topic remembers its
-last dropped id, readers skip messages up to that, and a row is deleted once all of its messages are dropped.
+A dropped message may share a row with others or may still have to be copied for a snapshot. So a topic remembers its
+last dropped id, readers skip messages up to that id, and a row is deleted once all of its messages are dropped.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _Written(NamedTuple):
 
 
 class Removals:
-    """Deletion of messages, as part of a store."""
+    """The part of a store that deletes messages."""
 
     max_age_ms: int
     _clock: Callable[[], int]
@@ -67,7 +67,7 @@ class Removals:
     _flush_error: ReplyError | None
 
     def _begin_removals(self) -> None:
-        # When each topic's oldest message expires, and the topic's row.
+        # For each topic: when its oldest message expires, and its row.
         self._queue: list[tuple[int, int]] = []
         # The ages that the queue was built for.
         self._queued_for: tuple[int, Rules | None] = 0, None
@@ -105,7 +105,7 @@ class Removals:
                 yield ids, ids_and_sizes[1::2], bisect_right(ids, topic.dropped_id)
 
     def _find_written(self, name: bytes, count: int) -> _Written:
-        """Return which of a topic's first messages are in the database. Raises SQLite's errors."""
+        """Return which of a topic's first `count` messages are in the database. Raises SQLite's errors."""
         topic, found = self._topics.by_name.get(name), _Written()
         for ids, sizes, dead in self._live_rows(topic) if topic else ():
             dropped = sizes[dead : dead + count - found.messages]
@@ -170,7 +170,7 @@ class Removals:
         for topic in list(islice(self._undeleted, MAX_CHECKED)):
             rows += [row[0] for row in self._database.expired(sys.maxsize, topic.row, topic.dropped_id)]
             del self._undeleted[topic]
-            # Moved to the end, to be checked again.
+            # Move it to the end, to check it again.
             if rows or self._database.is_being_copied:
                 self._undeleted[topic] = None
             if len(rows) >= MAX_CHECKED:
@@ -180,7 +180,7 @@ class Removals:
         return not rows
 
     def _restore_dropped(self, last: dict[bytes, tuple[int, int]]) -> None:
-        """Subtract the messages of a restored snapshot up to their topics' ids in `last`; other entries in it stay."""
+        """Drop restored messages up to the ids in `last` and remove the entries of their topics from it."""
         for name in [name for name in last if name in self._topics.by_name]:
             topic, (number, dropped_id) = self._topics.by_name[name], last.pop(name)
             count = size = 0
@@ -205,7 +205,7 @@ class Removals:
             time.sleep(PAUSE_SECONDS)
 
     def _expire_slice(self, now: int) -> tuple[int, bool]:
-        """Return the number of messages deleted, and whether there is nothing left to do."""
+        """Return the number of messages deleted and whether there is nothing left to do."""
         with self._database:
             count, is_done = self._expire_some(now)
             is_shrinking = self._database.shrink()
@@ -214,7 +214,7 @@ class Removals:
         return count, is_done and not is_shrinking
 
     def _expire_some(self, now: int) -> tuple[int, bool]:
-        """Return the number of messages deleted, and whether none are left."""
+        """Return the number of messages deleted and whether none are left."""
         rules, topics = self._topics.rules, self._topics
         if self._undeleted and not self._delete_dropped():
             return 0, False
@@ -229,7 +229,7 @@ class Removals:
         return self._expire_queued(now)
 
     def _check_some(self, unchecked: list[int], *, is_queued: bool) -> int:
-        """Make topics drop messages beyond lowered limits, and queue them; return the number of messages dropped."""
+        """Make topics drop messages beyond lowered limits and queue them; return the number of messages dropped."""
         dropped, until = 0, time.monotonic() + SLICE_SECONDS
         for _ in range(min(MAX_CHECKED, len(unchecked))):
             row = unchecked.pop()
@@ -288,7 +288,7 @@ class Removals:
                 rows += found
                 again.append((now, row))
             elif written := self._database.oldest(row, topic.dropped_id):
-                # If it has expired, it has yet to be copied for a snapshot.
+                # If this message has expired, it has yet to be copied for a snapshot.
                 again.append((max(written[1] - oldest, 0) + now + 1, row))
             elif (at := bisect_left(topic.buffered, oldest, key=itemgetter(2))) and not self._database.is_being_copied:
                 buffered[topic] = at, sum(len(message[3]) for message in topic.buffered[:at])

@@ -1,4 +1,4 @@
-"""The limits and age for each topic, from the first rule that matches its name, or else the general ones."""
+"""The limits and age for each topic, from the first rule that matches its name or else the general ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Kept:
 
 
 class Rules:
-    """The rules for all topics. Immutable; a topic remembers the one that applies to it."""
+    """The rules for all topics. Immutable; a topic remembers the limits that apply to it."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -77,7 +77,7 @@ NO_RULES = b"{}"
 
 
 def encode_rules(limits: Limits) -> bytes:
-    """Return the limits on single topics, encoded for servers with the same store."""
+    """Return the limits on single topics, encoded for the servers that share the store."""
     if not limits.topic and limits.when_full != DROP_OLDEST:
         return NO_RULES
     fields = limits._asdict()

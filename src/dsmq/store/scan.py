@@ -1,4 +1,4 @@
-"""Reads several topics (a selection) at once, in the order of ids; the store may have no index for that.
+"""Reads several topics (a selection) at once, in the order of ids, for which the store may have no index.
 
 A scan takes a bounded time, so that other clients are served in between. It may end before it has found anything; then
 it continues from the position that it has reached.
@@ -25,15 +25,15 @@ from dsmq.store.topics import Topic, TopicTable, WriteBuffer
 
 # Seconds after which a scan returns what it has found so far.
 SCAN_SECONDS = 0.0003
-# If at most this many topics have messages to read, each is read by the index; otherwise, all rows are scanned.
+# If at most this many topics have messages to read, each is read through the index; otherwise, all rows are scanned.
 MAX_MERGED_TOPICS = 16
 # Max topics remembered as matching a selection.
 MAX_MATCHES = 1_000
-# Topics matched, and messages merged, between two checks of the time.
+# Topics matched and messages merged between two checks of the time.
 MATCH_STEP, MERGE_STEP = 128, 32
 
 _Candidate: TypeAlias = tuple[int, int, int, int, Topic, int, int, bytes | None]
-"""Id, number, put time and size of a message; its topic; key of its row and offset in that; body, if it is buffered."""
+"""Id, number, put time and size of a message; its topic; key of its row and offset in the row; body, if buffered."""
 _Part: TypeAlias = tuple[int, list[_Candidate]]
 """Everything that a scan has found, up or down to an id."""
 
@@ -50,7 +50,7 @@ class _Matches:
 
 
 class SelectionReads:
-    """Reads of a selection, as part of a store."""
+    """The part of a store that reads selections."""
 
     max_age_ms: int
     _clock: Callable[[], int]
@@ -124,7 +124,7 @@ class SelectionReads:
         return list(self._topics.by_name)
 
     def backlog(self, selection: Selection, after: int, given: Mapping[bytes, int], until: float) -> tuple[int, int]:
-        """Return how many messages of a selection have ids above `after`, and the age of the first in milliseconds.
+        """Return how many messages of a selection have ids above `after` and the age of the first in milliseconds.
 
         `given` has the topics' last numbers as of `after`. Both figures may be too high: the age if more than a few
         topics have such messages, and the number if more topics match than are remembered or can be matched in time.
@@ -173,9 +173,9 @@ class SelectionReads:
         return [candidate for candidate in candidates if _is_wanted(candidate, wanted, self._database)]
 
     def _match(self, selection: Selection, backlog: int, until: float) -> bool:
-        """Match topics until a time; return whether a read over `backlog` ids can begin.
+        """Match topics until a deadline; return whether a read over `backlog` ids can begin.
 
-        It can if all topics have been matched, or if scanning all rows takes less time.
+        It can if all topics have been matched or if scanning all rows is faster.
         """
         if not selection.patterns or not backlog:
             return True
@@ -212,7 +212,7 @@ class SelectionReads:
         return [topic for topic in found if topic.last_id > after]
 
     def _scan(self, selection: Selection, after: int, now: int) -> Iterator[_Part]:
-        """Scan all rows. Messages of one block may be mixed, so they are sorted."""
+        """Scan all rows. The ids of a block's rows may be interleaved, so its messages are sorted."""
         block, up_to, candidates = None, after, list[_Candidate]()
         by_row, block_of, matches = self._topics.by_row, self._database.block, selection.matches
         for header in self._database.headers(after, now - self.longest_age_ms()):
@@ -254,11 +254,6 @@ class SelectionReads:
     # Backwards
 
     def go_back(self, selection: Selection, count: int, below: int = sys.maxsize) -> tuple[int, int]:
-        """Go back over `count` unexpired messages with ids below `below`.
-
-        Returns how many are left to go back, and an id: if any are left, continue below it; otherwise, the messages are
-        those after it.
-        """
         with self._database:
             until = time.monotonic() + SCAN_SECONDS
             if not self._match(selection, self._last_id, until):
@@ -325,7 +320,6 @@ class SelectionReads:
         return Message(message_id, number, now - put_at, body, put_at - since)
 
     def id_before(self, milliseconds: int) -> int:
-        """Return the id of the last message that was put longer ago than this, or 0."""
         with self._database:
             since = self._clock() - milliseconds
             found = self._database.id_before(since)

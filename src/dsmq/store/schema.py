@@ -98,7 +98,7 @@ Columns: TypeAlias = tuple[int, int, bytes, bytes]
 ExpiredRow: TypeAlias = tuple[int, int, int, int, int, int]
 """Last id, topic id, put time, last number, number of messages, bytes of their bodies."""
 Batch: TypeAlias = tuple[str, Sequence[tuple[Any, ...]]]
-"""An INSERT statement, and rows for it."""
+"""An INSERT statement and rows for it."""
 
 
 def pack(messages_by_topic: Iterable[tuple[int, list[StoredMessage]]]) -> list[Row]:

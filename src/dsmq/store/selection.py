@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 # Up to this many patterns are tried one by one.
 FEW_PATTERNS = 4
-# Patterns are indexed by up to this many bytes at one end, or by fewer in the middle.
+# Patterns are indexed by up to this many bytes at one end or by fewer in the middle.
 MAX_END_BYTES, MAX_MIDDLE_BYTES = 32, 4
 # The memory that a name takes, in addition to its bytes, while a client waits for it.
 NAME_OVERHEAD_BYTES = 500
@@ -26,7 +26,7 @@ class Pattern:
         self._middle = tuple(filter(None, middle))
         self._least = len(text) - text.count(b"*")
         self.anchor = self._find_anchor()
-        """An offset, and the bytes that each matching name has there."""
+        """An offset and the bytes that each matching name has there."""
 
     def _find_anchor(self) -> tuple[int, bytes]:
         if not (self._prefix or self._suffix) and self._middle:
@@ -79,7 +79,7 @@ class PatternIndex:
 
 
 class Selection:
-    """The topics with one of these names, or a name that matches one of these patterns."""
+    """The topics with one of these names or a name that matches one of these patterns."""
 
     __slots__ = ("__weakref__", "_index", "is_short", "names", "patterns")
 

@@ -1,4 +1,4 @@
-"""The tables of a snapshot other than messages: the store's state, and remembered puts."""
+"""The tables of a snapshot besides those of messages: the store's state and remembered puts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from dsmq.store.dedup import Deduplicator, Producer
 from dsmq.store.schema import Batch
 
-# Max remembered ranges of lost ids, and max last numbers in all of them. The last range is always kept in full.
+# Max remembered ranges of lost ids and max last numbers in all of them. The last range is always kept in full.
 MAX_LOST, MAX_LOST_NUMBERS = 100, 100_000
 # Max producers copied while the lock is held.
 COPY_PRODUCERS = 20
@@ -76,7 +76,7 @@ def copy_state(lock: AbstractContextManager[None], state: SnapshotState, puts: D
         with lock:
             producers = puts.copy(names[first : first + COPY_PRODUCERS], state.last_id)
         yield from _producer_batches(producers, first)
-    # Written at the end, because a producer may be forgotten before it is copied.
+    # Write this last, because a producer may be forgotten before it is copied.
     yield "INSERT INTO state VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [state._replace(forgot_at=puts.forgot_at)[:8]]
     empty = [(name, *last) for name, last in state.empty_topics.items()]
     yield "INSERT INTO empty_topics VALUES (?, ?, ?)", empty

@@ -3,7 +3,7 @@
     database | size | digest | restores | check | dsmq-snapshot-01
 
 The digest covers the database and its size. `restores` counts how often the file has been restored; it is updated in
-place, and covered by the check. SQLite ignores bytes after its pages.
+place and covered by the check. SQLite ignores bytes after its pages.
 
 A new file is written under another name, flushed to disk, and renamed over the previous one. So if the process is
 killed or the power fails, one of the two exists and is complete.
@@ -43,7 +43,7 @@ class Unusable(Exception):
 
 
 class Abandoned(Exception):
-    """The server is stopping, and does not wait for the snapshot."""
+    """The server is stopping and does not wait for the snapshot."""
 
 
 class Snapshot(NamedTuple):
@@ -60,7 +60,7 @@ def temporary(path: Path) -> Path:
 
 
 def write(path: Path, fill: Callable[[sqlite3.Connection], object], on_progress: Callable[[], None]) -> int:
-    """Write a new snapshot with `fill`, and replace the previous one; return the size of the file.
+    """Write a new snapshot with `fill` and replace the previous one; return the size of the file.
 
     If anything fails, including on_progress, which is called periodically, the previous snapshot stays. Raises OSError
     or sqlite3.Error.
@@ -84,7 +84,7 @@ def write(path: Path, fill: Callable[[sqlite3.Connection], object], on_progress:
 
 
 def rehearse(path: Path) -> None:
-    """Write an empty snapshot next to the real one, and delete it, to find problems at start rather than at stop.
+    """Write an empty snapshot next to the real one and delete it, to find problems at start rather than at stop.
 
     Raises OSError or sqlite3.Error.
     """
@@ -161,7 +161,7 @@ def opened(path: Path) -> closing[sqlite3.Connection]:
 
 
 def record_restore(path: Path, snapshot: Snapshot) -> None:
-    """Increment the number of restores in the file, and sync it. Raises OSError."""
+    """Increment the number of restores in the file and sync it. Raises OSError."""
     restores = snapshot.restores + 1
     with path.open("r+b", buffering=0) as file:
         file.seek(snapshot.size + _RESTORES_AT)

@@ -1,7 +1,7 @@
-"""Loads the store from a file at start, and saves it at an interval and on a graceful stop.
+"""Loads the store from a file at start and saves it at an interval and on a graceful stop.
 
-Ids are never used twice in an epoch. Only a snapshot that was written on a clean shutdown, and is being restored for
-the first time, is certain to cover every id that clients have seen. Otherwise, ids continue far above.
+Ids are never used twice in an epoch. Only a snapshot that was written on a clean shutdown and is being restored for
+the first time is certain to cover every id that clients have seen. Otherwise, new ids start far above its last one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dsmq.store.snapshot_file import Abandoned, Unusable
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.threads import join
 
-# Max ids assigned between a snapshot and a kill.
+# More ids than can be assigned between a snapshot and a kill.
 RESTORE_GAP = 2**32
 # Pause between two batches of rows, in which clients get the store's lock.
 PAUSE_SECONDS = 0.0007
@@ -49,11 +49,11 @@ class SnapshotStats:
     """Unix time of the last snapshot, written or restored."""
     last_bytes: int = 0
     restored: int = 0
-    """Restored messages."""
+    """The number of restored messages."""
 
 
 class Snapshotter:
-    """Writes snapshots of a store to a file, and restores the store from it."""
+    """Writes snapshots of a store to a file and restores the store from it."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Snapshotter:
         self._stop = threading.Event()
         self._pause_seconds = pause_seconds
         self._lock: int | None = None
-        # Whether the file is locked by this server, and has been restored.
+        # Whether the file is locked by this server and has been restored.
         self._is_open = False
         self.saved = False
         """Whether the final snapshot has been written."""
@@ -151,7 +151,7 @@ class Snapshotter:
         self.thread.start()
 
     def stop(self) -> None:
-        """Make the thread end soon, even in the middle of a snapshot. Idempotent."""
+        """Make the thread stop soon, even in the middle of a snapshot. Idempotent."""
         self._stop.set()
 
     def _run(self) -> None:
@@ -162,7 +162,7 @@ class Snapshotter:
     def save(self, *, at_once: bool = False, is_last: bool = False) -> bool:
         """Write a snapshot; return whether that succeeded. Failures are logged.
 
-        at_once is faster, but blocks the store. is_last marks a clean shutdown: there will be no more puts.
+        at_once is faster but blocks the store. is_last marks a clean shutdown: there will be no more puts.
         """
         began = time.monotonic()
         try:
@@ -208,20 +208,20 @@ class Snapshotter:
         target.execute("COMMIT")
 
     def _checkpoint(self, seconds: float = 0) -> None:
-        """Report progress, and let clients use the store for this time. Raises Abandoned if the server is stopping."""
+        """Report progress and let clients use the store for this time. Raises Abandoned if the server is stopping."""
         self.due_at = time.monotonic()
         if self._stop.wait(seconds):
             raise Abandoned
 
     def _allow_slow_disk(self) -> None:
-        """Do the same before an operation that may take the disk a long time."""
+        """Like `_checkpoint`, before an operation that may take the disk a long time."""
         self._checkpoint()
         self.due_at += _DISK_SECONDS
 
     # Stop
 
     def finish(self, deadline: float, *, is_last: bool) -> None:
-        """Write the final snapshot, and release the file. If interrupted, or if it takes too long, call `abandon`."""
+        """Write the final snapshot and release the file. If this is interrupted or takes too long, call `abandon`."""
         deadline = max(deadline, time.monotonic() + LAST_SNAPSHOT_SECONDS)
         join(self.thread, deadline)
         # If the server failed to start before it restored the file, the file is the only copy of the messages.
@@ -267,7 +267,7 @@ class Snapshotter:
         return []
 
     def close(self) -> None:
-        """Release the file to other servers. Idempotent."""
+        """Release the file for other servers. Idempotent."""
         self._is_open = False
         if self._lock is not None:
             import fcntl  # noqa: PLC0415 - Windows has none
@@ -285,7 +285,7 @@ class Snapshotter:
 
 
 def _lock_file(path: Path) -> int:
-    """Lock a file, and return its descriptor. The file is never removed, because another server may be opening it."""
+    """Lock a file and return its descriptor. The file is never removed, because another server may be opening it."""
     import fcntl  # noqa: PLC0415 - Windows has none
 
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)

@@ -1,7 +1,7 @@
 """The store: messages in an in-memory SQLite database, behind a write buffer.
 
-A new message is not written to SQLite at once. It waits in the write buffer, also in memory, until the buffer is large
-enough to be flushed; readers see both. Writing one row per message would add 2 to 10 µs to each put, and halve the
+A new message is not written to SQLite immediately. It waits in the write buffer, also in memory, until the buffer is
+large enough to be flushed; readers see both. Writing one row per message would add 2 to 10 µs to each put and halve the
 throughput of pipelined puts. When the buffer is flushed, messages of one topic and millisecond share a row.
 
 Each topic's last id and number are kept outside SQLite, too, so that a reader that is up to date needs no statement.
@@ -53,12 +53,12 @@ from dsmq.system import BOOT_CLOCK
 # Flush the write buffer at the first size when idle, at the second in any case.
 FLUSH_MESSAGES, MAX_BUFFERED_MESSAGES = 32, 512
 FLUSH_BYTES, MAX_BUFFERED_BYTES = 32_768, 262_144
-# After a failed flush, retry after this time, or once messages have expired.
+# After a failed flush, retry after this time or once messages have expired.
 RETRY_MS = 100
 
 
 def monotonic_ms() -> int:
-    """Return milliseconds on a clock that runs while the machine sleeps, and ignores changes of the wall clock."""
+    """Return milliseconds on a clock that runs while the machine sleeps and ignores changes of the wall clock."""
     return (time.monotonic_ns() if BOOT_CLOCK is None else time.clock_gettime_ns(BOOT_CLOCK)) // 1_000_000
 
 
@@ -291,7 +291,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
         """Take a snapshot of this instant: yield its rows in batches too short to delay clients.
 
         Later puts are not part of it, and nothing is deleted before it is copied. If `file`, an empty database file, is
-        given, all tables are first copied to it, which is faster than row by row, but blocks the store. on_progress is
+        given, all tables are first copied to it, which is faster than row by row but blocks the store. on_progress is
         called periodically, and its exceptions end the copy.
         """
         database, topics, buffer = self._database, self._topics, self._buffer
@@ -312,7 +312,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
             database.deletable_id = sys.maxsize
 
     def load(self, source: sqlite3.Connection, unix_time: float) -> SnapshotState:
-        """Load a snapshot into a new store, and return its state. Restored messages count as read."""
+        """Load a snapshot into a new store and return its state. Restored messages count as read."""
         # Read the clock first, because the rest takes time.
         clock, now = self._clock, self._clock()
         state, producers = read_state(source), read_producers(source)
@@ -430,7 +430,7 @@ class MirrorStore(SQLiteStore):
             self._database.renumber(shifts)
 
     def all_numbers(self) -> tuple[int, dict[bytes, int]]:
-        """Return the last id, and the last number of each topic, including empty ones, as of that id."""
+        """Return the last id and the last number of each topic, including empty ones, as of that id."""
         with self._database:
             empty = {name: number for name, (number, _) in self._topics.empty.items()}
             return self._last_id, empty | self._topics.last_numbers()

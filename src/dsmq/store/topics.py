@@ -43,7 +43,7 @@ class Topic:
         self.deleted = last_number
         # The newest message that any client has read.
         self.read_number = self.read_id = 0
-        # The messages in the write buffer, and the topic's last id in the database, or 0.
+        # The messages in the write buffer and the topic's last id in the database, or 0.
         self.buffered: list[StoredMessage] = []
         self.written_id = 0
         # The last dropped id. Dropped messages may still be in the database: in the row of the oldest remaining
@@ -72,13 +72,13 @@ class Topic:
         return max(0, missed)
 
     def renumber(self, shift: int) -> None:
-        """Add to the numbers of all messages."""
+        """Shift the numbers of all messages."""
         self.last_number += shift
         self.deleted += shift
         self.read_number += shift if self.read_number else 0
 
     def delete_first(self, count: int, size: int) -> int:
-        """Subtract deleted messages, and the bytes of their bodies; return the number of unread ones."""
+        """Subtract deleted messages and the bytes of their bodies; return the number of unread ones."""
         first_unread = max(self.deleted, self.read_number)
         self.deleted += count
         self.bytes -= size
@@ -93,7 +93,7 @@ Counts: TypeAlias = dict[Topic, tuple[int, int]]
 
 
 class TopicTable:
-    """All topics, and the sums over them."""
+    """All topics and the sums over them."""
 
     def __init__(self, rules: Rules) -> None:
         self.set_rules(rules)
@@ -104,7 +104,7 @@ class TopicTable:
         self.last_row = 0
         # Messages since the start. `stored` includes `restored`, and `deleted` includes `dropped`.
         self.stored = self.restored = self.deleted = self.deleted_unread = self.dropped = 0
-        # By topic, including topics without messages.
+        # Dropped messages by topic, including topics without messages.
         self.dropped_by_name: dict[bytes, int] = {}
         # Rows of topics to check because the topics or the rules are new. None: no check is needed.
         self.unchecked: list[int] | None = None
@@ -172,7 +172,7 @@ class TopicTable:
         self.dropped_by_name[topic.name] = self.dropped_by_name.pop(topic.name, 0) + count
         if len(self.dropped_by_name) > MAX_DROPPING_TOPICS:
             del self.dropped_by_name[next(iter(self.dropped_by_name))]
-        # The sum alone is not enough, because it does not change while messages of the same size come and go.
+        # Make `count_pages` count again: the sum does not change while messages of the same size come and go.
         self._counted_bytes -= size
 
     def delete_first(self, deleted: Counts) -> int:
@@ -202,7 +202,7 @@ class TopicTable:
         self.topic_bytes = accounted_topic_bytes(self.by_name)
 
     def subtract_restored(self, topic: Topic, count: int, size: int) -> None:
-        """Subtract messages that are in a snapshot, but were dropped before it."""
+        """Subtract messages that are in a snapshot but were dropped before it."""
         topic.delete_first(count, size)
         self.bytes -= size
         self.restored -= count
@@ -228,12 +228,12 @@ class WriteBuffer:
 
     def after(self, message_id: int) -> list[Topic]:
         """Return the topics with messages above an id."""
-        # They are almost in this order already.
+        # The list is almost sorted already.
         self.dirty_topics.sort(key=attrgetter("last_id"))
         return self.dirty_topics[bisect_right(self.dirty_topics, message_id, key=attrgetter("last_id")) :]
 
     def new_topics(self) -> list[tuple[int, bytes]]:
-        """Return rows and names of topics that are not in the database yet."""
+        """Return the rows and names of topics that are not in the database yet."""
         return [(topic.row, topic.name) for topic in self.dirty_topics if topic.row > self.written_row]
 
     def rows(self) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Addresses of servers, as in settings and arguments."""
+"""Parses addresses of servers in settings and arguments."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def host_names(text: str) -> frozenset[str]:
 
 
 def parse_store(text: str) -> tuple[list[Endpoint], bool]:
-    """Parse `nats://host:port,host:port`, with default port 4222; return the servers, and whether to use TLS.
+    """Parse `nats://host:port,host:port`, with default port 4222; return the servers and whether to use TLS.
 
-    An empty text has no servers. Raises ValueError.
+    Empty text means no servers. Raises ValueError.
     """
     scheme, separator, servers = text.partition("://")
     if not text:

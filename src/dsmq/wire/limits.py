@@ -1,7 +1,7 @@
 """Limits of the protocol; PROTOCOL.md lists them all."""
 
 MAX_ARGUMENTS = 64
-# Max names in an MREAD, and max bytes of all of them. Only this command may have more arguments than others.
+# Max names in an MREAD and max bytes of all names together. Only MREAD may exceed MAX_ARGUMENTS.
 MAX_NAMES, MAX_NAMES_BYTES = 1_000, 65_536
 MANY_NAMES = b"MREAD"
 MAX_LINE_BYTES = 65_536

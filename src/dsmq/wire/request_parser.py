@@ -125,7 +125,7 @@ class RequestParser(Input):
             raise ProtocolError(f"expected '$', got {quoted(line)}")
         length = parse_length(line[1:])
         if length > self.max_message_bytes:
-            raise TooBig(f"a message has at most {self.max_message_bytes} bytes, not {length}")
+            raise TooBig(f"a message may have at most {self.max_message_bytes} bytes, not {length}")
         return length
 
     def _join(self, data: bytes) -> bytes:
@@ -140,7 +140,7 @@ class RequestParser(Input):
         return data[needed + 2 :]
 
     def batch(self) -> list[list[bytes]]:
-        """Return some complete requests, in order; empty if there are none yet. Raises as `next`."""
+        """Return some complete requests, in order; empty if there are none yet. Raises as `next` does."""
         requests: list[list[bytes]] = []
         if self.missing:
             return requests
@@ -168,7 +168,7 @@ class RequestParser(Input):
         """
         data = self._data[self._at : self._at + MAX_SPLIT_BYTES]
         tokens = data.split(CRLF, _MAX_SPLIT_TOKENS)
-        # The last token is incomplete, or was not split.
+        # The last token is incomplete or was not split.
         last = len(tokens) - 1
         at, count = 0, _short_count(tokens[0])
         while count and (end := at + 1 + 2 * count) <= last:
@@ -190,7 +190,7 @@ class RequestParser(Input):
         longest = min(MAX_LINE_BYTES, self.max_request_bytes)
         end = data.find(b"\n", start, start + longest)
         stop = end if end >= 0 else min(len(data), start + longest)
-        # A carriage return may end the line, which may be the end of the data so far.
+        # A carriage return at the end of the data may be part of the line end.
         control = _CONTROL.search(data, start, stop - (data[stop - 1 : stop] == b"\r"))
         if control is not None:
             raise ProtocolError(f"control character {quoted(control[0])} in a line")
@@ -208,13 +208,13 @@ class RequestParser(Input):
             raise ProtocolError("a line is not UTF-8") from None
         words = split_line(line)
         self._check_count(words, len(words))
-        # Only now is the line consumed, so that another call finds the error again.
+        # Consume the line only now, so that another call finds the same error.
         self._advance(end + 1)
         return words or self.next()
 
 
 def split_line(line: bytes) -> list[bytes]:
-    """Split an inline request into words, and resolve quotes and escapes. Raises ProtocolError."""
+    """Split an inline request into words and resolve quotes and escapes. Raises ProtocolError."""
     words = []
     at = 0
     line = line.strip(b" \t\r")
@@ -235,7 +235,7 @@ def split_line(line: bytes) -> list[bytes]:
 
 
 def _wrong_count(count: int) -> NoReturn:
-    raise ProtocolError(f"a request has 1 to {MAX_ARGUMENTS} arguments, not {count}")
+    raise ProtocolError(f"a request should have 1 to {MAX_ARGUMENTS} arguments, not {count}")
 
 
 def _unescape(escape: re.Match[bytes]) -> bytes:

@@ -28,7 +28,7 @@ OK = b"+OK\r\n"
 # Max bytes split at once, so that a failed split costs little. All limits on the size of a request are higher, so
 # requests that were split need no check.
 MAX_SPLIT_BYTES = 4096
-# Chunks of input that are smaller than this are gathered.
+# Smaller chunks of input are merged.
 _MIN_CHUNK_BYTES = 4096
 # To save a copy, longer replies are built in the type of buffer that a connection sends from.
 _LONG_REPLY_BYTES = 65_536
@@ -40,14 +40,14 @@ Reply: TypeAlias = "str | int | bytes | ReplyError | list[Reply] | None"
 
 
 class Input:
-    """A buffer of input, which is joined only when there is enough to try parsing again.
+    """A buffer of input. Its chunks are joined only when there is enough to try parsing again.
 
     Joining on every arrival would copy a message of n bytes n / 65,536 times, or n times if it arrives byte by byte.
     """
 
     __slots__ = ("_at", "_chunk_bytes", "_chunks", "_data", "_line_room", "incomplete", "missing")
 
-    # Ends the wait for the rest of a line.
+    # Matches data that ends the wait for the rest of a line.
     _line_end: ClassVar[re.Pattern[bytes]]
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class Input:
         return b"".join((self._data[self._at :], *self._chunks, data))
 
     def _keep(self, data: bytes) -> None:
-        """Buffer a chunk. Small chunks are gathered, because separate objects would take many times their size."""
+        """Buffer a chunk. Small chunks are merged, because separate objects would take many times their size."""
         chunks = self._chunks
         self._chunk_bytes += len(data)
         if not chunks or len(chunks[-1]) >= _MIN_CHUNK_BYTES:
@@ -166,7 +166,7 @@ class ReplyParser(Input):
             self._open[-1][0].append(values)
 
     def _value(self) -> Reply:
-        """Return the next value. For an array, only parse its header, and add it to the open arrays."""
+        """Return the next value. For an array, only parse its header and add it to the open arrays."""
         data, at = self._data, self._at
         end = data.find(CRLF, at)
         if end <= at:
@@ -175,7 +175,7 @@ class ReplyParser(Input):
                 raise ProtocolError(f"not a reply: {quoted(CRLF)}")
             if len(data) - at > MAX_LINE_BYTES:
                 raise ProtocolError("no end of line in a reply")
-            # One more than allowed, so that a line that is too long is parsed, and rejected.
+            # One more than allowed, so that a line that is too long is parsed and rejected.
             raise _Incomplete(1, MAX_LINE_BYTES - (len(data) - at) + 1)
         kind = data[at]
         line = data[at + 1 : end]
@@ -205,7 +205,7 @@ class ReplyParser(Input):
         return self._data[at:end]
 
     def _begin_array(self, count: int) -> Reply:
-        """Return an empty array, or add one to the open arrays."""
+        """Return an empty array or add one to the open arrays."""
         if count > _MAX_REPLY_ELEMENTS or len(self._open) >= MAX_DEPTH:
             raise ProtocolError(f"an array of {count} at depth {len(self._open)}")
         if not count:
@@ -220,7 +220,7 @@ class ReplyParser(Input):
         """
         data = self._data[self._at : self._at + MAX_SPLIT_BYTES]
         tokens = data.split(CRLF)
-        # The last token is incomplete, or was not split.
+        # The last token is incomplete or was not split.
         last = len(tokens) - 1
         token, left = 0, count - len(values)
         while token < last and left:
@@ -243,7 +243,7 @@ class ReplyParser(Input):
 
 
 class _Incomplete(Exception):
-    """The arguments are the min number of missing bytes, and the max number of bytes that the line may still have."""
+    """The arguments are the min number of missing bytes and the max number of bytes that the line may still have."""
 
 
 def parse_length(digits: bytes) -> int:
@@ -323,9 +323,9 @@ def encode_array(items: Sequence[bytes]) -> bytes:
 
 
 def encode_value(version: int, value: Any) -> bytes:
-    """Encode an int, text, bytes, or a list or dict of them; a dict as a flat array in RESP 2.
+    """Encode an int, text, bytes, or a list or dict of these.
 
-    Text in a list becomes simple strings, as Redis sends flags.
+    In RESP 2, a dict becomes a flat array. Text in a list becomes a simple string, like flags in Redis.
     """
     if isinstance(value, dict):
         items = [
@@ -367,7 +367,7 @@ def encode_jobs(jobs: Sequence[tuple[bytes, int, int, int, bytes, int, int]]) ->
 
 
 def encode_found(position: int, messages: Sequence[tuple[bytes, int, int, int, bytes, int]]) -> Encoded:
-    """Encode a reply to MREAD: a position, and six values per message."""
+    """Encode a reply to MREAD: a position and six values per message."""
     parts = [b"*%d\r\n:%d\r\n" % (1 + 6 * len(messages), position)]
     for topic, message_id, number, age, body, left in messages:
         head = len(topic), topic, message_id, number, age, len(body)

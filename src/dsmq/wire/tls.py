@@ -33,7 +33,7 @@ _REASONS = {
 }
 
 _Source: TypeAlias = tuple[str, str]
-"""The name of a setting, and the file in it."""
+"""A setting and the file that it names."""
 
 
 def server_context(cert_file: str, key_file: str, client_ca_file: str) -> ssl.SSLContext:
@@ -56,8 +56,8 @@ def client_context(
 ) -> ssl.SSLContext:
     """Return a client's context that verifies the server's certificate and name. Raises ConfigError.
 
-    ca_file has the authorities to trust instead of the system's, and `ca_name` is the setting that it comes from;
-    cert_file and key_file are for servers that require a client certificate.
+    ca_file contains the authorities to trust instead of the system's; `ca_name` is the name of its setting. cert_file
+    and key_file are for servers that require a client certificate.
     """
     context = _new_context(ssl.PROTOCOL_TLS_CLIENT)
     if cert_file:
@@ -122,7 +122,7 @@ def _pair_error(cert: _Source, key: _Source, error: Exception) -> ConfigError:
         hint = f"; are key and certificate swapped? {cert[0]}: {cert[1]} contains a key" if is_swapped else ""
         return _invalid(key, f"no private key in PEM format found{hint}")
     if b"ENCRYPTED" in key_text:
-        return _invalid(key, "the private key is encrypted; give it without a passphrase")
+        return _invalid(key, "the private key is encrypted; provide it without a passphrase")
     if b"CERTIFICATE-----" not in cert_text:
         return _invalid(cert, "no certificate in PEM format found")
     return _invalid(key, reason(error))
@@ -161,7 +161,7 @@ class TLSSocket:
     def __init__(self, sock: ssl.SSLSocket) -> None:
         """Raises OSError if the connection is not encrypted."""
         # If the peer has just closed the connection, Python without the fix for CVE-2023-40217 returns a socket that
-        # passes received data through unencrypted. Only this None reveals it.
+        # passes received data through unencrypted. Only session_reused reveals this.
         if sock.session_reused is None:
             sock.close()
             raise ConnectionAbortedError("TLS: the connection ended before the handshake")
@@ -184,7 +184,7 @@ class TLSSocket:
         return 0
 
     def recv(self, size: int) -> bytes:
-        """Return some received bytes. Raises BlockingIOError if there are none, OSError if it broke.
+        """Return some received bytes. Raises BlockingIOError if there are none, OSError on failure.
 
         Returns the last record completely, even beyond `size`, because selectors don't report decrypted bytes.
         """
@@ -224,7 +224,7 @@ class TLSSocket:
 
     def shutdown(self, how: int) -> None:
         with contextlib.suppress(OSError, ValueError):
-            # Sends close_notify, but does not wait for the peer's.
+            # Sends close_notify but does not wait for the peer's.
             self._socket.unwrap()
         self._socket.shutdown(how)
 
@@ -233,7 +233,7 @@ class TLSSocket:
 
 
 def accept(context: ssl.SSLContext, sock: socket.socket) -> TLSSocket:
-    """Return the server's side of a connection; the socket belongs to it. Raises OSError."""
+    """Return the server's side of a connection, which takes over the socket. Raises OSError."""
     # Raises if the client has already gone; if wrap_socket raised that instead, the socket would stay open.
     sock.getpeername()
     return TLSSocket(context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False))
