@@ -56,7 +56,7 @@ class Received(NamedTuple):
 
     @property
     def status(self) -> int:
-        """The status in the headers, such as 503 for a subject without a listener; 0 if there is none."""
+        """The status in the headers, such as 503 if there are no responders; 0 if there is none."""
         code = self.headers[9:12]
         return int(code) if self.headers[8:9] == b" " and code.isdigit() else 0
 

@@ -9,10 +9,8 @@ import secrets
 from collections.abc import Callable
 from typing import NamedTuple
 
+from dsmq.store.nats_api import NO_RESPONDERS
 from dsmq.store.nats_connection import NATSConnection, Received
-
-_NO_LISTENER = 503
-"""The status for a subject without a listener: the stream has no leader at the moment."""
 
 
 class Ack(NamedTuple):
@@ -28,7 +26,7 @@ class Ack(NamedTuple):
     text: str = ""
 
 
-NOT_SENT = Ack(text="there is no receiver")
+NOT_SENT = Ack(text="no responders")
 
 
 class Requests:
@@ -44,7 +42,7 @@ class Requests:
     def send(self, encode: Callable[[bytes], bytes], seconds: float, call: Callable[[Ack | None], None]) -> None:
         """Send a request, encoded with its reply subject; pass the answer to `call`, or None if none arrives in time.
 
-        The answer is NOT_SENT if there is no connection or no listener for the request.
+        The answer is NOT_SENT if there is no connection or no responder, for example because the stream has no leader.
         """
         subject = b"%b%d" % (self._inbox, next(self._numbers))
         self._pending[subject] = call, asyncio.get_running_loop().call_later(seconds, self._answer, subject, None)
@@ -64,7 +62,7 @@ class Requests:
 
     def _on_reply(self, reply: Received) -> None:
         if reply.subject in self._pending:
-            self._answer(reply.subject, NOT_SENT if reply.status == _NO_LISTENER else _parse_ack(reply.body))
+            self._answer(reply.subject, NOT_SENT if reply.status == NO_RESPONDERS else _parse_ack(reply.body))
 
     def on_lost(self) -> None:
         """End the pending requests, because the connection broke."""

@@ -381,7 +381,7 @@ class Stream:
                 await self._replace_client(seconds)
             return (await self._client.request(subject, data, timeout=seconds, headers=headers)).data
         except NoRespondersError as error:
-            raise EngineError("the engine has no leader now", NO_RESPONDERS) from error
+            raise EngineError("the stream has no leader at the moment", NO_RESPONDERS) from error
         except (NATSError, OSError, TimeoutError) as error:
             raise EngineError(f"the engine does not answer: {error or type(error).__name__}") from error
 

@@ -142,7 +142,7 @@ class Removals:
                 self._database.deleted_bodies.clear()
             except (sqlite3.Error, MemoryError) as error:
                 # Expiry tries again.
-                _logger.debug("no messages deleted: %s", error)
+                _logger.debug("dropped messages could not be deleted: %s", error)
             else:
                 for name in counts:
                     self._undeleted.pop(self._topics.by_name[name], None)

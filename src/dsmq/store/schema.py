@@ -135,7 +135,7 @@ def unpack(columns: Columns, after: int = 0) -> Iterator[StoredMessage]:
     put_at, last_number, packed, bodies = columns
     ids_and_sizes = array("q", packed)
     if len(ids_and_sizes) == 2:
-        # Not sliced, because mypyc's slices copy even a whole body.
+        # Don't slice the body, because mypyc's slices copy even a whole one.
         if ids_and_sizes[0] > after:
             yield ids_and_sizes[0], last_number, put_at, bodies
         return

@@ -332,7 +332,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
     def begin_run(self, last_id: int) -> None:
         """Begin a new run, because the last messages put before a kill are lost. Ids continue from `last_id`.
 
-        Numbers continue from the snapshot. A reader that knows higher ones falls back to the snapshot's.
+        Numbers continue from the snapshot. A reader that has seen higher ones falls back to the snapshot's.
         """
         numbers = {name: number for name, (number, _) in self._topics.empty.items()} | self.last_numbers()
         self._lost.add(Lost(self._last_id, last_id, numbers))

@@ -171,7 +171,7 @@ class ReplyParser(Input):
         end = data.find(CRLF, at)
         if end <= at:
             if end == at:
-                # Rejected before it is sliced: mypyc's slices fail if the start is after the end.
+                # Reject it before it is sliced, because mypyc's slices fail if the start is after the end.
                 raise ProtocolError(f"not a reply: {quoted(CRLF)}")
             if len(data) - at > MAX_LINE_BYTES:
                 raise ProtocolError("no end of line in a reply")
