@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import helpers
 from dsmq import aio
 from dsmq import settings as config
 from dsmq.broker.event_loop import EventLoop
+from dsmq.broker.poller import SelectorPoller
 from dsmq.client import DSMQClientSideConnection, connect, reader, requests, session
 from dsmq.server import Server
 from dsmq.store.api import Store
@@ -335,6 +337,31 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Resolve:
 def loop_of(server: Server) -> EventLoop:
     """The server's first event loop."""
     return server._workers[0]
+
+
+def watch_waits(
+    loop: EventLoop, after: Callable[[list[Any]], object], before: Callable[[], object] = lambda: None
+) -> None:
+    """Call `before` and `after` around each wait of an event loop; `after` gets the sockets that are ready.
+
+    The object that waits is replaced, because methods of compiled classes can't be.
+    """
+    poller = loop._poller
+    name = "_selector" if isinstance(poller, SelectorPoller) else "_epoll"
+    real = getattr(poller, name)
+
+    def wait(found: Callable[[float], list[Any]], seconds: float) -> list[Any]:
+        before()
+        ready = found(seconds)
+        after(ready)
+        return ready
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            found = getattr(real, name)
+            return partial(wait, found) if name in ("poll", "select") else found
+
+    setattr(poller, name, Watched())
 
 
 @contextmanager

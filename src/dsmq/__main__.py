@@ -1,6 +1,6 @@
 """The `dsmq` command, also `python -m dsmq`. Data goes to stdout, everything else to stderr (but see log_stream).
 
-Exit statuses: 0 success, 1 failure (no server, an error reply, the server can't start), 2 invalid usage or
+Exit status: 0 success, 1 failure (no server, an error reply, the server can't start), 2 invalid usage or
 configuration, 3 no message printed, 130 interrupted.
 """
 

@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
 
 import pytest
 from limiting import patient, wait_for_connections
 
-from conftest import UNIT, Wire, blocked, daemon, loop_of, serving, wait_for_stored, wait_until, wire_to
+from conftest import UNIT, Wire, blocked, daemon, loop_of, serving, wait_for_stored, wait_until, watch_waits, wire_to
 from dsmq.broker import event_loop as worker
 from dsmq.broker import reads
 from dsmq.broker.event_loop import EventLoop
@@ -267,21 +266,10 @@ def test_waiting_readers_over_limit_get_an_error() -> None:
 # Pipelines
 
 
-class Turns:
-    """An epoll object that runs each turn of an event loop inside a context manager."""
-
-    def __init__(self, loop: EventLoop, context: Callable[[], AbstractContextManager[None]]) -> None:
-        self._epoll, self._context, self._turn = loop._poller._epoll, context, ExitStack()
-        loop._poller._epoll = self
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._epoll, name)
-
-    def poll(self, seconds: float) -> list[tuple[int, int]]:
-        self._turn.close()
-        ready = self._epoll.poll(seconds)
-        self._turn.enter_context(self._context())
-        return ready
+def around_turns(loop: EventLoop, context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Run each turn of an event loop inside a context manager."""
+    turn = ExitStack()
+    watch_waits(loop, before=turn.close, after=lambda _: turn.enter_context(context()))
 
 
 @pytest.fixture
@@ -341,7 +329,7 @@ def test_new_request_overtakes_pipelines_of_others() -> None:
         with blocked(server):
             for greedy in crowd:
                 greedy.send(encode_request(b"PUT", b"t", b"x") * 1000)
-            Turns(loop, arrive_later)
+            around_turns(loop, arrive_later)
         place = modest.receive()
         assert isinstance(place, int)
         # Another connection runs a batch or one request in between.
@@ -520,7 +508,7 @@ def test_many_waiters_are_woken_over_several_turns() -> None:
             yield
             woken.append(before - server.status.waiting())
 
-        Turns(loop_of(server), counted)
+        around_turns(loop_of(server), counted)
         assert writer.call("PUT", "t", "x") == 1
         assert [wire.receive() for wire in waiting] == [b"x"] * 30
         assert max(woken) <= 4, woken
@@ -603,7 +591,7 @@ def test_event_loop_turn_is_bounded_by_time(name: str) -> None:
             yield
             seconds.append(time.thread_time() - began)
 
-        Turns(loop_of(server), timed)
+        around_turns(loop_of(server), timed)
         # A single turn may be long because other processes used the processor.
         assert statistics.median(longest_turn(server, greedy, *HEAVY[name], seconds) for _ in range(5)) < 0.02
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
-from functools import partial
 from selectors import EVENT_READ, EVENT_WRITE
 from typing import Any
 
 import pytest
 
-from conftest import loop_of, serving, wire_to
+from conftest import loop_of, serving, watch_waits, wire_to
 from dsmq.broker import event_loop
 from dsmq.broker.poller import Poller, SelectorPoller
 from dsmq.wire.resp import encode_request
@@ -71,16 +70,9 @@ def test_request_completed_while_server_is_stopped_is_not_late(
     stops: list[Callable[[], None]] = []
     stopped_for = 0.0
 
-    class Stopping:
-        def __getattr__(self, name: str) -> Any:
-            found = getattr(real, name)
-            return partial(self._wait, found) if name in ("poll", "select") else found
-
-        def _wait(self, wait: Callable[[float], list[Any]], seconds: float) -> list[Any]:
-            ready = wait(seconds)
-            if ready and stops:
-                stops.pop()()
-            return ready
+    def stop_if_ready(ready: list[Any]) -> None:
+        if ready and stops:
+            stops.pop()()
 
     def stop() -> None:
         nonlocal stopped_for
@@ -92,10 +84,7 @@ def test_request_completed_while_server_is_stopped_is_not_late(
     monkeypatch.setattr(time, "monotonic", lambda: monotonic() + stopped_for)
     request = encode_request(b"PUT", b"t", b"in two halves")
     with serving(request_timeout_seconds=60) as server, wire_to(server) as slow, wire_to(server) as other:
-        name = "_selector" if kind is SelectorPoller else "_epoll"
-        poller = loop_of(server)._poller
-        real = getattr(poller, name)
-        setattr(poller, name, Stopping())
+        watch_waits(loop_of(server), after=stop_if_ready)
         slow.send(request[:10])
         assert reached(lambda: server.status.counters().bytes_in == 10)
         stops.append(stop)

@@ -52,8 +52,8 @@ class Dsmq:
         return self.mq.messages("s/*") if is_pattern else self.mq.messages(TOPICS)
 
 
-class Streams:
-    """Redis streams, which have no patterns: the topics by their names in both cases."""
+class Redis:
+    """A connection to Redis."""
 
     server = "redis"
     package = "redis"
@@ -65,6 +65,10 @@ class Streams:
 
     def close(self) -> None:
         self.redis.close()
+
+
+class Streams(Redis):
+    """Redis streams, which have no patterns: the topics by their names in both cases."""
 
     def put(self, topic: str, message: str) -> None:
         self.redis.xadd(topic, {"m": message})
@@ -85,19 +89,8 @@ class Streams:
                     yield fields["m"]
 
 
-class PubSub:
+class PubSub(Redis):
     """Redis's publish and subscribe: not stored; a put ends once the server has it."""
-
-    server = "redis"
-    package = "redis"
-
-    def __init__(self, port: int) -> None:
-        import redis
-
-        self.redis = redis.Redis(port=port, decode_responses=True, socket_timeout=None)
-
-    def close(self) -> None:
-        self.redis.close()
 
     def put(self, topic: str, message: str) -> None:
         self.redis.publish(topic, message)
