@@ -116,6 +116,26 @@ def test_ids_and_numbers_are_the_same_on_all_servers(stores: Stores) -> None:
     assert one.epoch == other.epoch
 
 
+def test_mirror_is_complete_although_its_consumer_knows_of_messages_late(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that lags says at first that it has no messages."""
+    put(stores(), b"t", b"1", b"2")
+    create, later = nats_stream.Stream.create_consumer, list[asyncio.Task[int]]()
+
+    async def create_later(*arguments: Any) -> int:
+        async def run() -> int:
+            await asyncio.sleep(UNIT)
+            return await create(*arguments)
+
+        later.append(asyncio.create_task(run()))
+        return 0
+
+    monkeypatch.setattr(nats_stream.Stream, "create_consumer", create_later)
+    assert bodies(read(stores(), b"t")) == [b"1", b"2"]
+    assert [task.result() for task in later] == [3]
+
+
 def test_latest_returns_message_stored_by_another_server(stores: Stores) -> None:
     one, other = stores(), stores()
     for number in range(100):

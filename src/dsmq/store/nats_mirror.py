@@ -121,6 +121,8 @@ class Mirror(Fold):
 
     def _reset_consumer(self, state: StreamState) -> None:
         self._sequence, self._pending, self._state = 0, _UNKNOWN, state
+        # The mirror is complete once it has this message.
+        self._complete_at = _UNKNOWN
         self._heard_at = boot_time()
         self._lost: str | None = None
         self._is_accepted = False
@@ -185,6 +187,7 @@ class Mirror(Fold):
         deliver_to = f"_INBOX.{name}"
         self._deliveries.clear()
         self._reset_consumer(state)
+        await self._find_last()
         subscription = self._connection.subscribe(deliver_to.encode(), self._on_delivery)
         try:
             seconds, self._create_seconds = self._create_seconds, CREATE_SECONDS
@@ -200,6 +203,12 @@ class Mirror(Fold):
             deletion = asyncio.create_task(self._stream.delete_consumer(name))
             self._deletions.add(deletion)
             deletion.add_done_callback(self._deletions.discard)
+
+    async def _find_last(self) -> None:
+        """Ask the leader for the last message. The consumer's node may lag and not know how many messages there are."""
+        last = await self._stream.find(last_by_subj=">")
+        # The last one may have expired since, or a newer one may have been put.
+        self._complete_at = min(self._complete_at, last.id if last else 0)
 
     def _enter_epoch(self, state: StreamState) -> None:
         if self.epoch and self.epoch != state.epoch:
@@ -251,6 +260,9 @@ class Mirror(Fold):
                 await self._stream.end_epoch(self.epoch)
             if state.epoch != self.epoch:
                 raise EngineError("the stream has another epoch")
+            if not self.ready:
+                await self._find_last()
+                self.apply()
             await self._write_facts()
 
     def _raise_if_lost(self) -> None:
@@ -317,7 +329,7 @@ class Mirror(Fold):
             self.applied.set()
             if self.ready and topics:
                 self.on_messages(topics)
-        if not self.ready and self._change is None and self._sequence >= self._pending:
+        if not self.ready and self._change is None and self.store.last_id() >= self._complete_at:
             self.store.apply([], max(self.store.last_id(), self._state.last_id))
             self._apply_facts(self._state.last_id)
             self.lag.update(self._state.last_id, self.store.last_id())
