@@ -168,6 +168,8 @@ def full(trial: Trial) -> None:
             f"{megabytes(peak)} with a limit of {megabytes(limit)}: {peak / limit:.2f} of it",
             peak <= most,
         )
+        # Other clients can put again only once there is room.
+        reached(lambda: daemon.metric("dsmq_messages") == 0)
     shapes = ((1, "one topic"), (1000, "1,000 topics"), (0, "a topic each"))
     for topics, about in shapes[trial.size(0, 2) :]:
         _state_overhead(trial, int(trial.size(64 * MIB, 2 * MIB)), topics, about)
