@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -31,8 +31,9 @@ KNOWN = (
 )
 OLD = "dsmq14"
 OLD_VERSION = "1.4.1"
-# Another commit of this project, in its own virtual environment.
-BEFORE = "before"
+# Other builds of this project, each in its own virtual environment: of another commit, and compiled.
+BEFORE, COMPILED = "before", "compiled"
+BUILDS = ("dsmq", BEFORE, COMPILED)
 # Another program may take a free port before it is used; then try another one.
 PORTS_TRIED = 5
 
@@ -86,8 +87,7 @@ class Broker:
         serve = [self.python, "-m", "dsmq", "serve", "--port", port, "--http-port", "0", "--log-level", "error"]
         redis = ["redis-server", "--bind", "127.0.0.1", "--port", port, "--save", "", "--appendonly", "no"]
         return {
-            "dsmq": serve,
-            BEFORE: serve,
+            **dict.fromkeys(BUILDS, serve),
             OLD: [self.python, "-c", f"from dsmq.server import serve; serve('127.0.0.1', {port})"],
             "redis": redis,
             "redis-lists": redis,
@@ -133,14 +133,14 @@ class Broker:
             self._epmd = {}
 
 
-def find(stack: ExitStack, wanted: list[str], before: str = "") -> list[Broker]:
-    """Start the wanted servers (none given: all) and report those that are not installed.
+def find(stack: ExitStack, wanted: Collection[str], builds: dict[str, str] | None = None) -> list[Broker]:
+    """Start the wanted servers and report those that are not installed.
 
-    `before` is the Python of a virtual environment with another commit of dsmq, which is started too.
+    `builds` are other builds of dsmq to start too: the Python of each one's virtual environment.
     """
     brokers = []
     for name, program, _, package in KNOWN:
-        if wanted and name not in wanted:
+        if name not in wanted:
             continue
         if shutil.which(program) is None:
             say(f"skipped: {name}, {program} is not installed")
@@ -148,9 +148,8 @@ def find(stack: ExitStack, wanted: list[str], before: str = "") -> list[Broker]:
             say(f"skipped: {name}, Python's {package} is not installed")
         else:
             brokers.append(Broker(name, stack))
-    if before:
-        brokers.append(Broker(BEFORE, stack, python=before))
-    if (not wanted or OLD in wanted) and (python := _old_python(stack)):
+    brokers += [Broker(name, stack, python=python) for name, python in (builds or {}).items()]
+    if OLD in wanted and (python := _old_python(stack)):
         brokers.append(Broker(OLD, stack, python=python))
     return brokers
 

@@ -42,12 +42,13 @@ OPERATIONS = {
     "empty_work": (1000, "take a job with nothing there"),
     "hand_over": (200, "from a put to the job at a waiting worker"),
 }
+SYSTEMS = ("dsmq", "redis", "redis-lists", "beanstalkd", "rabbitmq", "nats", brokers.OLD)
 FAN_OUT = 200
 WORKERS = (1, 4, 16)
 # Fraction of the repetitions for systems that are slow.
 FEWER = {"nats": 0.2, brokers.OLD: 0.2}
 BENCHMARKS = [["-c", "1"], ["-c", "10"], ["-c", "50"], ["-c", "50", "-P", "16"]]
-PUT = {name: ["PUT", "t", "m"] for name in ("dsmq", brokers.BEFORE)} | {"redis": ["XADD", "t", "*", "m", "m"]}
+PUT = {name: ["PUT", "t", "m"] for name in brokers.BUILDS} | {"redis": ["XADD", "t", "*", "m", "m"]}
 MESSAGES_HELD = 1_000_000
 
 # By row and system, one figure per round.
@@ -153,7 +154,7 @@ def run_jobs_in_flight(systems: list[System], jobs: int) -> Figures:
         progress(f"{jobs} jobs in flight, {name}")
         with ExitStack() as stack:
             limits = ["--max-jobs-in-flight", str(jobs), "--max-group-bytes", str(1 << 30)]
-            options = limits if name in ("dsmq", brokers.BEFORE) else []
+            options = limits if name in brokers.BUILDS else []
             system = System(Broker(name, stack, *options, python=python), stack)
             system.ask(f"fill_to_hold {jobs}")
             before = system.broker.memory
@@ -236,17 +237,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="draw the ratios to this SVG or PNG file; needs matplotlib")
     parser.add_argument(
-        "--systems", nargs="*", default=[], help="dsmq redis redis-lists beanstalkd rabbitmq nats dsmq14; default: all"
+        "--systems", nargs="*", default=list(SYSTEMS), metavar="SYSTEM", help=f"{' '.join(SYSTEMS)}; default: all"
     )
-    parser.add_argument("--before", default="", help="Python of a virtual environment with another commit of dsmq")
+    for name, build in ((brokers.BEFORE, "another commit"), (brokers.COMPILED, "the compiled build")):
+        parser.add_argument(f"--{name}", metavar="PYTHON", help=f"Python of a virtual environment with {build} of dsmq")
     parser.add_argument("--operations", nargs="*", default=list(OPERATIONS), help=" ".join(OPERATIONS))
     options = parser.parse_args()
+    builds = {brokers.BEFORE: options.before, brokers.COMPILED: options.compiled}
     cores = sorted(os.sched_getaffinity(0))
     if options.apart and len(cores) < 2:
         parser.error("--apart needs two cores")
     with ExitStack() as stack:
         with brokers.on_cores({cores[0]} if options.apart else None):
-            found = brokers.find(stack, options.systems, options.before)
+            found = brokers.find(stack, options.systems, {name: path for name, path in builds.items() if path})
         stack.enter_context(brokers.on_cores(set(cores[1:]) if options.apart else None))
         systems = [System(broker, stack) for broker in found]
         times = run_operations(systems, options.rounds, options.operations)

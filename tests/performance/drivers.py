@@ -345,6 +345,7 @@ def id_in(reply: bytes) -> bytes:
 SYSTEMS = {
     "dsmq": Dsmq,
     "before": Dsmq,
+    "compiled": Dsmq,
     "dsmq14": Dsmq14,
     "redis": Redis,
     "redis-lists": RedisList,
