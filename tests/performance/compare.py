@@ -68,7 +68,8 @@ class System:
 
     def __init__(self, broker: Broker, stack: ExitStack) -> None:
         self.name, self.port, self.broker = broker.name, broker.port, broker
-        driver = [broker.python, str(HERE / "drivers.py"), self.name, str(self.port)]
+        client = "dsmq" if self.name in brokers.BUILDS else self.name
+        driver = [broker.python, str(HERE / "drivers.py"), client, str(self.port)]
         self.driver = stack.enter_context(
             subprocess.Popen(driver, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=broker.folder)
         )
@@ -150,7 +151,7 @@ def run_workers(systems: list[System], rounds: int, jobs: int) -> Figures:
 def run_jobs_in_flight(systems: list[System], jobs: int) -> Figures:
     """Return the bytes of memory that a job takes in addition when a worker holds it."""
     figures: Figures = {}
-    for name, python in [(system.name, system.broker.python) for system in systems]:
+    for name, python in [(system.name, system.broker.python) for system in systems if system.name != brokers.OLD]:
         progress(f"{jobs} jobs in flight, {name}")
         with ExitStack() as stack:
             limits = ["--max-jobs-in-flight", str(jobs), "--max-group-bytes", str(1 << 30)]

@@ -326,10 +326,7 @@ class Nats:
 
 # The requests that put a message and that wait for one after a position.
 FAN_OUT = {
-    **dict.fromkeys(
-        ("dsmq", "before"),
-        ([b"PUT", b"<topic>", SHORT.encode()], [b"READ", b"<topic>", b"<id>", b"WAIT", b"60000"]),
-    ),
+    "dsmq": ([b"PUT", b"<topic>", SHORT.encode()], [b"READ", b"<topic>", b"<id>", b"WAIT", b"60000"]),
     "redis": (
         [b"XADD", b"<topic>", b"*", b"m", SHORT.encode()],
         [b"XREAD", b"BLOCK", b"60000", b"STREAMS", b"<topic>", b"<id>"],
@@ -344,8 +341,6 @@ def id_in(reply: bytes) -> bytes:
 
 SYSTEMS = {
     "dsmq": Dsmq,
-    "before": Dsmq,
-    "compiled": Dsmq,
     "dsmq14": Dsmq14,
     "redis": Redis,
     "redis-lists": RedisList,
