@@ -24,7 +24,6 @@ from weakref import WeakKeyDictionary
 from dsmq.errors import Full, ReplyError
 from dsmq.store.api import (
     MEMORY,
-    MESSAGE_OVERHEAD_BYTES,
     Limits,
     LocalStore,
     Message,
@@ -35,10 +34,9 @@ from dsmq.store.api import (
     Timing,
     TopicStats,
     Totals,
-    accounted_topic_bytes,
 )
 from dsmq.store.database import Database, to_reply_error
-from dsmq.store.dedup import Deduplicator, Producer
+from dsmq.store.dedup import Deduplicator
 from dsmq.store.groups import Groups, Source
 from dsmq.store.limits import LimitChecker
 from dsmq.store.purge import Purges
@@ -84,20 +82,10 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
         with self._database:
             # Do everything that can fail before adding the first message.
             topics, buffer, limits = self._topics, self._buffer, self._limits
-            names, is_keyed = set(), False
             drops: dict[bytes, int] | None = None
-            messages = topics.stored - topics.deleted + len(puts)
-            size = topics.topic_bytes + topics.padding_bytes + topics.bytes + messages * MESSAGE_OVERHEAD_BYTES
-            for name, body, key in puts:
-                size += len(body)
-                if name not in topics.by_name:
-                    names.add(name)
-                if key is not None:
-                    is_keyed = True
+            messages, size, names, is_keyed = topics.after(puts)
             if is_keyed:
                 self._deduplicator.check(puts)
-            if names:
-                size += accounted_topic_bytes(names)
             if messages > topics.safe_messages or size > topics.safe_bytes:
                 drops = limits.check(self._new_puts(puts))
             is_full = buffer.messages >= MAX_BUFFERED_MESSAGES or buffer.bytes >= MAX_BUFFERED_BYTES
@@ -123,32 +111,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
                 yield put
 
     def _add(self, puts: Sequence[Put], now: int) -> list[Outcome]:
-        ids: list[Outcome] = []
-        touched: dict[bytes, Producer] = {}
-        topics, buffer, deduplicator = self._topics, self._buffer, self._deduplicator
-        by_name, last_id, size = topics.by_name, self._last_id, 0
-        for name, body, key in puts:
-            if key is not None and (first_id := deduplicator.remember(key, last_id + 1, now, touched)):
-                ids.append(first_id)
-                continue
-            topic = by_name[name]
-            if not topic.buffered:
-                buffer.dirty_topics.append(topic)
-            last_id += 1
-            topic.last_number += 1
-            topic.buffered.append((last_id, topic.last_number, now, body))
-            length = len(body)
-            topic.bytes += length
-            topic.last_id = last_id
-            size += length
-            ids.append(last_id)
-        if touched:
-            deduplicator.forget(touched, now)
-        topics.stored += last_id - self._last_id
-        buffer.messages += last_id - self._last_id
-        buffer.bytes += size
-        topics.bytes += size
-        self._last_id = last_id
+        ids, self._last_id = self._topics.append(puts, self._last_id, now, self._buffer, self._deduplicator)
         return ids
 
     def check_producer(self, producer: bytes) -> None:

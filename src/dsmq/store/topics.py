@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, TypeAlias
 
-from dsmq.store.api import Message, TopicStats, accounted_bytes, accounted_topic_bytes
+from dsmq.store.api import (
+    MESSAGE_OVERHEAD_BYTES,
+    Message,
+    Outcome,
+    Put,
+    TopicStats,
+    accounted_bytes,
+    accounted_topic_bytes,
+)
 from dsmq.store.schema import ExpiredRow, Row, StoredMessage, pack
 
 if TYPE_CHECKING:
+    from dsmq.store.dedup import Deduplicator, Producer
     from dsmq.store.rules import Kept, Rules
 
 # Max topics without messages whose last numbers are remembered; the numbers of others restart at 1.
@@ -146,6 +155,49 @@ class TopicTable:
             self.topic_bytes += accounted_topic_bytes([name])
             if self.unchecked is not None:
                 self.unchecked.append(topic.row)
+
+    def after(self, puts: Sequence[Put]) -> tuple[int, int, set[bytes], bool]:
+        """Return the messages and accounted bytes after these puts, the new topics, and whether a put has a key."""
+        by_name, names, is_keyed = self.by_name, set(), False
+        messages = self.stored - self.deleted + len(puts)
+        size = self.topic_bytes + self.padding_bytes + self.bytes + messages * MESSAGE_OVERHEAD_BYTES
+        for name, body, key in puts:
+            size += len(body)
+            if name not in by_name:
+                names.add(name)
+            if key is not None:
+                is_keyed = True
+        return messages, size + accounted_topic_bytes(names) if names else size, names, is_keyed
+
+    def append(
+        self, puts: Sequence[Put], last_id: int, now: int, buffer: WriteBuffer, deduplicator: Deduplicator
+    ) -> tuple[list[Outcome], int]:
+        """Add messages to their topics, which must exist, and to the write buffer; return all ids and the last one."""
+        ids: list[Outcome] = []
+        touched: dict[bytes, Producer] = {}
+        by_name, first_id, size = self.by_name, last_id, 0
+        for name, body, key in puts:
+            if key is not None and (known_id := deduplicator.remember(key, last_id + 1, now, touched)):
+                ids.append(known_id)
+                continue
+            topic = by_name[name]
+            if not topic.buffered:
+                buffer.dirty_topics.append(topic)
+            last_id += 1
+            topic.last_number += 1
+            topic.buffered.append((last_id, topic.last_number, now, body))
+            length = len(body)
+            topic.bytes += length
+            topic.last_id = last_id
+            size += length
+            ids.append(last_id)
+        if touched:
+            deduplicator.forget(touched, now)
+        self.stored += last_id - first_id
+        buffer.messages += last_id - first_id
+        buffer.bytes += size
+        self.bytes += size
+        return ids, last_id
 
     def sum_rows(self, rows: Iterable[ExpiredRow]) -> Counts:
         """Sum up rows returned by `Database.expired`, without dropped messages."""
