@@ -29,9 +29,15 @@ from hosts import network
 
 PYTHON = "3.13"
 BASE = f"python:{PYTHON}-slim"
+# The same with a C compiler.
+BUILD_BASE = f"python:{PYTHON}"
 IMAGE = "dsmq"
 # The Debian release with this Python.
 SUITE = "trixie"
+PACKAGES = {
+    BASE: "python3,python3-venv,ca-certificates,dash,coreutils,libc-bin,base-files,media-types,netbase",
+}
+PACKAGES[BUILD_BASE] = f"{PACKAGES[BASE]},python3-dev,gcc,libc6-dev"
 LOCKED = [ROOT / "deploy/docker/requirements.txt", ROOT / "deploy/docker/build-requirements.txt"]
 LOCKED_DOWN = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
 
@@ -239,7 +245,8 @@ def docker(base: Podman) -> Iterator[Docker]:
     _need(("dockerd", "docker.io"))
     with _folder() as folder, closing(Docker(folder)) as engine:
         wait_until(engine.is_there)
-        _copy(base, engine, BASE)
+        for image in PACKAGES:
+            _copy(base, engine, image)
         yield engine
 
 
@@ -267,15 +274,16 @@ def kill(process: int) -> None:
 
 
 def provide_base(engine: Podman) -> None:
-    """Provide the base image: from the registry, or else made from Debian packages and cached."""
-    if engine("pull", "--quiet", BASE, check=False, online=True).returncode == 0:
+    """Provide the base images: from the registry, or else made from Debian packages and cached."""
+    if all(engine("pull", "--quiet", image, check=False, online=True).returncode == 0 for image in PACKAGES):
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmq-tests"
     cache.mkdir(parents=True, exist_ok=True)
-    archive = cache / f"{SUITE}-python{PYTHON}.tar"
-    if not archive.exists():
-        _make_root(archive)
-    engine("import", "--change=ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", str(archive), BASE)
+    for image, packages in PACKAGES.items():
+        archive = cache / f"{SUITE}-{image.replace(':', '')}.tar"
+        if not archive.exists():
+            _make_root(archive, packages)
+        engine("import", "--change=ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", str(archive), image)
 
 
 def provide_nats(base: Podman, engine: Docker, image: str) -> None:
@@ -293,8 +301,7 @@ def provide_nats(base: Podman, engine: Docker, image: str) -> None:
         engine("build", "--quiet", f"--tag={image}", folder)
 
 
-def _make_root(archive: Path) -> None:
-    packages = "python3,python3-venv,ca-certificates,dash,coreutils,libc-bin,base-files,media-types,netbase"
+def _make_root(archive: Path, packages: str) -> None:
     unfinished = archive.with_suffix(".unfinished.tar")
     # The packages are unpacked but not configured, which takes a third of the time, and is enough for Python. pip needs
     # certificates.
@@ -344,8 +351,8 @@ def build(engine: Engine, wheels: Path) -> None:
     """Build the image from the Dockerfile, without a network."""
     if isinstance(engine, Docker):
         # Docker mounts no folders into a build, so the packages must be in the base image.
-        (wheels / "Dockerfile").write_text(f"FROM {BASE}\nCOPY . /fetched\nCOPY pip.conf /etc/pip.conf\n")
-        engine("build", "--quiet", f"--tag={BASE}", str(wheels))
+        (wheels / "Dockerfile").write_text(f"FROM {BUILD_BASE}\nCOPY . /fetched\nCOPY pip.conf /etc/pip.conf\n")
+        engine("build", "--quiet", f"--tag={BUILD_BASE}", str(wheels))
     engine("build", *offline(engine, wheels), f"--tag={IMAGE}", str(ROOT))
 
 
