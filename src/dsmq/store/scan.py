@@ -62,6 +62,8 @@ class SelectionReads:
 
     def read_many(self, wanted: ManyTopics, wait_ms: int = 0) -> Found:  # noqa: ARG002 - it is always up to date
         after, left = wanted.after, wanted.max_bytes
+        if after >= self._last_id:
+            return Found(after, [], is_complete=True)
         with self._database:
             end = max(after, min(self._last_id, wanted.below - 1))
             now, until = self._clock(), time.monotonic() + SCAN_SECONDS
@@ -201,13 +203,18 @@ class SelectionReads:
         """Return the selected topics with messages above an id, or None if that requires a scan."""
         if after >= self._last_id:
             return []
-        if not selection.patterns:
+        known = self._matches[selection] if selection.patterns else None
+        dirty = self._buffer.dirty_topics
+        if after >= self._buffer.written_id and len(dirty) < len((known and known.topics) or selection.names):
+            # Only topics in the write buffer have such messages.
+            found = [topic for topic in dirty if topic.last_id > after]
+            return [topic for topic in found if selection.matches(topic.name)]
+        if known is None:
             by_name = self._topics.by_name
             found = [by_name[name] for name in selection.names if name in by_name]
+        elif known.topics is None or known.row < self._topics.last_row:
+            return None
         else:
-            known = self._matches[selection]
-            if known.topics is None or known.row < self._topics.last_row:
-                return None
             found = known.topics
         return [topic for topic in found if topic.last_id > after]
 
