@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -29,7 +31,7 @@ from dsmq.aio import AsyncClient
 from dsmq.client import DSMQClientSideConnection, connect, jobs
 from dsmq.client.jobs import Job, Settle, Work
 from dsmq.client.requests import Producer
-from dsmq.errors import BadRequest, ClientClosed, ConnectionLost, JobLost, ProtocolError
+from dsmq.errors import BadRequest, ClientClosed, ConnectionLost, Full, JobLost, ProtocolError
 from dsmq.server import Server
 from dsmq.wire.resp import Reply
 
@@ -100,6 +102,27 @@ def test_long_wait_is_split_into_takes_under_one_token() -> None:
     requests = answer(work, [], [], replies(("t", 1, b"x", 1)))
     assert len({words[-1] for words in requests}) == 1
     assert [words[words.index(b"WAIT") + 1] for words in requests] == [b"15000"] * 3
+
+
+def test_wait_continues_while_server_refuses_more_jobs(caplog: pytest.LogCaptureFixture) -> None:
+    full = Full("max_jobs_in_flight = 1 reached")
+    work = Work(Stub(), "t", "w", math.inf, 60.0)
+    requests = answer(work, full, full, replies(("t", 1, b"x", 1)))
+    assert len({words[-1] for words in requests}) == 1
+    assert work.hand_out().id == 1
+    assert [record.getMessage() for record in caplog.records] == [f"waiting for a job of 't': {full}"]
+    with pytest.raises(Full):
+        answer(Work(Stub(), "t", "w", 0.0, 60.0), full)
+
+
+@pytest.mark.parametrize("lease", [Decimal(60), Fraction(60), 60])
+def test_lease_may_be_any_real_number(lease: Any) -> None:
+    work = Work(Stub(), "t", "w", 0.0, lease, 2)
+    [take] = answer(work, replies(("t", 1, b"x", 1), ("t", 2, b"y", 1)))
+    assert take[3] == b"60000"
+    work.hand_out()
+    assert answer(work, b"OK") == [[b"DONE", b"t", b"w", b"1", b"1"]]
+    assert work.hand_out().id == 2
 
 
 def test_loop_finishes_each_job_when_next_is_requested() -> None:
@@ -175,6 +198,19 @@ def test_interrupted_take_leaves_its_token_to_the_next(step: str) -> None:
     two = [Work(stub, "t", "w", 0.0, 60.0) for _ in range(2)]
     calls = [work.calls() for work in two]
     assert [request(next(call).request(PRODUCER))[-1] == token for call in calls] == [True, False]
+
+
+def test_tokens_of_interrupted_takes_do_not_accumulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_MANY_JOBS", 3)
+    stub = Stub()
+    kept = jobs.jobs_of(stub._session).tokens
+    for number in range(5):
+        work = Work(stub, f"t{number}", "w", 0.0, 60.0)
+        answer(work, [])
+        work.interrupted(is_over=True)
+    assert [topic for topic, *_ in kept] == ["t2", "t3", "t4"]
+    answer(Work(stub, "t3", "w", 0.0, 60.0), [])
+    assert [topic for topic, *_ in kept] == ["t2", "t4"]
 
 
 def test_interrupted_loop_hands_out_the_same_job_again() -> None:

@@ -16,7 +16,7 @@ from dsmq.client import arguments
 from dsmq.client.message import Message
 from dsmq.client.replies import as_text, check
 from dsmq.client.requests import MAX_WAIT_SECONDS, Call, Read
-from dsmq.errors import JobLost, ProtocolError, ReplyError, WrongEpoch
+from dsmq.errors import Full, JobLost, ProtocolError, ReplyError, WrongEpoch
 from dsmq.system import boot_time, process
 from dsmq.wire.limits import MAX_COUNT
 from dsmq.wire.resp import Reply, encode_bulk, encode_option, encode_settlement, encode_take
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # A job taken in advance gets a new lease if less than this share of its lease is left when its turn comes.
 _FRESH = 0.9
-# If there are more jobs than this, those whose lease has ended are forgotten.
+# If there are more jobs than this, those whose lease has ended are forgotten; the most tokens kept.
 _MANY_JOBS = 1000
 
 _FIELDS = bytes, int, int, int, bytes, int, int
@@ -229,7 +229,9 @@ def _check_order(topic: str, group: str, lease: float, prefetch: int) -> _Order:
     if not n:
         raise ValueError("prefetch should be 1 or more, not 0")
     words = b"".join(map(encode_bulk, (name, group_name, _milliseconds("lease", lease))))
-    return _Order(topic, group, n, lease, words, (encode_option(b"COUNT", n),) if n > 1 else ())
+    return _Order(
+        topic, group, n, arguments.seconds("lease", lease), words, (encode_option(b"COUNT", n),) if n > 1 else ()
+    )
 
 
 _known_order = lru_cache(typed=True)(_check_order)
@@ -371,14 +373,24 @@ class Work:
             with suppress(IndexError):
                 # Atomic, so that neither threads nor interrupts can come in between.
                 tokens.extend(map(list.pop, (kept,)))
+            if not kept:
+                jobs.tokens.pop(self._order.token_key, None)
         call = Take(self._mq._session, jobs, self._order, tokens, until, done)  # noqa: SLF001
         found: list[Job] = []
+        was_full = False
         while not found:
             yield call
             if done is not None:
                 self._end(done)
                 done = None
-            found = call.jobs(self._mq)
+            try:
+                found = call.jobs(self._mq)
+            except Full as error:
+                if time.monotonic() >= until:
+                    raise
+                if not was_full:
+                    _logger.warning("waiting for a job of %r: %s", self._order.topic, error)
+                was_full = True
             if time.monotonic() >= until:
                 break
         jobs.add(found, self._order.lease)
@@ -392,8 +404,12 @@ class Work:
     def interrupted(self, *, is_over: bool = False) -> None:
         """Pass the job that did not reach the caller to the next call, or to the next loop if this one is over."""
         self._given = None
-        if is_over or not self._ready:
-            self._jobs.tokens.setdefault(self._order.token_key, []).extend(self._tokens)
+        if self._tokens and (is_over or not self._ready):
+            kept = self._jobs.tokens
+            kept.setdefault(self._order.token_key, []).extend(self._tokens)
+            if len(kept) > _MANY_JOBS:
+                # Its job is given again when its lease has ended.
+                kept.pop(next(iter(kept)), None)
         self._tokens = []
 
     def left(self) -> tuple[list[Receipt], Job | None]:
