@@ -108,6 +108,11 @@ def test_unix_socket_is_removed_on_stop(tmp_path: Path) -> None:
         ("completion", "SHELL"),
         ("watch --interval 0", "--interval"),
         ("ping -p 0", "--port: '0' is not a port number"),
+        ("ping -p 3_0", "--port: '3_0' is not a port number"),
+        ("ping -p ٣٠", "--port: '٣٠' is not a port number"),
+        ("get t -n 1_0", "'1_0' is not a whole number"),
+        ("get t --wait 1_0", "--wait: '1_0' is not a number of seconds"),
+        ("get t --after 1_0", "--after: '1_0' is not an id"),
         (
             "put t --hello",
             "did you mean --help?; to begin a message with --, write -- before it",

@@ -133,6 +133,37 @@ def test_command_of_lost_job_is_terminated(mq: Client, topic: str) -> None:
     mq.done(job)
 
 
+@pytest.mark.slow
+def test_command_of_lost_job_that_ignores_sigterm_is_killed(mq: Client, topic: str) -> None:
+    mq.put(topic, "x")
+    code = (
+        "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(os.getpid(), flush=True)\ntime.sleep(1000)"
+    )
+    with started("work", topic, "--lease", f"{5 * UNIT}s", "--timeout", "0s", *program(code)) as process:
+        pid = int(line_of(process))
+        process.send_signal(signal.SIGSTOP)
+        job = mq.take(topic, timeout=SOON)
+        assert job is not None
+        process.send_signal(signal.SIGCONT)
+        status, _, err = ended(process)
+    assert status == 0
+    assert b" lost: " in err
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    mq.done(job)
+
+
+def test_job_is_done_when_its_command_ends_whatever_it_leaves_running(mq: Client, topic: str) -> None:
+    # The message does not fit into a pipe, and the background process inherits the input without reading it.
+    mq.put(topic, b"x" * 1_000_000)
+    code = "import subprocess\nprint(subprocess.Popen(['sleep', '1000'], stdout=2).pid, flush=True)"
+    with started("work", topic, "--timeout", "0s", *program(code)) as process:
+        pid = int(line_of(process))
+        assert process.wait(SOON) == 0
+        os.kill(pid, signal.SIGKILL)
+    assert attempts(mq, topic) == []
+
+
 def test_worker_that_is_killed_loses_its_job_when_the_lease_ends(mq: Client, topic: str) -> None:
     mq.put(topic, "x")
     code = "print(os.getpid(), flush=True)\ntime.sleep(1000)"
@@ -173,6 +204,7 @@ def test_lost_server_ends_worker_and_its_command(topic: str) -> None:
         (("--lease", "2d", "--", "true"), 2, "is not a time from 0.001s to 1d"),
         (("--group", "two words", "--", "true"), 2, "is not 1 to 64 printable ASCII"),
         (("--delay", "soon", "--", "true"), 2, "is not a time such as"),
+        (("--delay", "2d", "--", "true"), 2, "is not a time from 0s to 1d"),
         (("other", "--", "true"), 2, "too many arguments"),
     ],
 )

@@ -79,8 +79,16 @@ def duration(text: str) -> float:
 
 
 def lease(text: str) -> float:
-    if not 1e-3 <= (time := duration(text)) <= 86_400:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a time from 0.001s to 1d")
+    return _at_most_a_day(text, 1e-3)
+
+
+def delay(text: str) -> float:
+    return _at_most_a_day(text, 0)
+
+
+def _at_most_a_day(text: str, least: float) -> float:
+    if not least <= (time := duration(text)) <= 86_400:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a time from {least:g}s to 1d")
     return time
 
 
@@ -92,7 +100,8 @@ def group(text: str) -> str:
 
 def _number(kind: Callable[[str], N], text: str, least: float, most: float, what: str) -> N:
     try:
-        number = kind(text)
+        # Python would accept more, such as 3_0 and digits of other scripts.
+        number = kind(text) if re.fullmatch("[!-^`-~]+", text) else None
     except ValueError:
         number = None
     if number is None or not least <= number <= most:

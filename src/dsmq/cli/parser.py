@@ -13,7 +13,20 @@ from typing import Any, NoReturn
 
 from dsmq import __version__
 from dsmq.cli import formats
-from dsmq.cli.arguments import addresses, count, duration, file, group, lease, port, position, seconds, timeout, topic
+from dsmq.cli.arguments import (
+    addresses,
+    count,
+    delay,
+    duration,
+    file,
+    group,
+    lease,
+    port,
+    position,
+    seconds,
+    timeout,
+    topic,
+)
 from dsmq.terminal import printable, quoted
 from dsmq.wire.resp import BUILD
 
@@ -139,7 +152,7 @@ def _add_work_options(parser: Parser) -> None:
     about = "how long a worker may be silent before another gets its message; default: 60s"
     add("--lease", type=lease, metavar="TIME", default=60.0, help=about)
     about = "delay before the message of a failed command is given to a worker again; default: 1s"
-    add("--delay", type=duration, metavar="TIME", default=1.0, help=about)
+    add("--delay", type=delay, metavar="TIME", default=1.0, help=about)
     about = "exit after this long without a message; default: never"
     add("--timeout", dest="wait", type=duration, metavar="TIME", default=math.inf, help=about)
 

@@ -8,10 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from dsmq.client.replies import reason
 from dsmq.errors import ConfigError, DSMQError, JobLost
@@ -33,6 +34,12 @@ def work(options: argparse.Namespace, connect: Callable[[], DSMQClientSideConnec
                 worker.run(job)
     if worker.stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
+
+
+# How long a command may take to end after SIGTERM.
+_KILL_SECONDS = 5.0
+# Windows has none.
+_SIGKILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 
 class _Stopped(Exception):
@@ -95,29 +102,45 @@ class _Worker:
         # The command gets its own process group; otherwise, the terminal would send signals to it as well.
         group: dict[str, Any] = {"process_group": 0} if hasattr(os, "killpg") else {}
         try:
-            process = subprocess.Popen(  # noqa: S603 - the user's own command
-                self._options.program, stdin=subprocess.PIPE, env=os.environ | variables, **group
-            )
+            with _file_of(job.body) as body:
+                process = subprocess.Popen(  # noqa: S603 - the user's own command
+                    self._options.program, stdin=body, env=os.environ | variables, **group
+                )
         except OSError as error:
             raise DSMQError(f"{self._options.program[0]}: {reason(error)}") from None
-        with process:
-            self._process = process
-            try:
-                if self.stopped_by:
-                    self._pass_on(self.stopped_by)
-                return self._wait(process, job)
-            finally:
-                # Stop the command if it is still running, because another worker may get the job now.
-                self._pass_on(signal.SIGTERM)
+        self._process = process
+        try:
+            if self.stopped_by:
+                self._pass_on(self.stopped_by)
+            return self._wait(process, job)
+        finally:
+            self._end(process)
 
     def _wait(self, process: subprocess.Popen[bytes], job: Job) -> int:
-        body: bytes | None = job.body
         while True:
             try:
-                process.communicate(body, timeout=self._options.lease / 3)
+                return process.wait(self._options.lease / 3)
             except subprocess.TimeoutExpired:
-                # Without a body, `communicate` continues to send the rest of the message.
-                body = None
                 self._mq.extend(job, self._options.lease)
-            else:
-                return process.returncode
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        """Stop the command if it is still running, because another worker may get the job now."""
+        self._pass_on(signal.SIGTERM)
+        try:
+            process.wait(_KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._pass_on(_SIGKILL)
+            process.wait()
+
+
+def _file_of(body: bytes) -> IO[bytes]:
+    """Return a temporary file with a message.
+
+    A pipe would have to be written while the command runs, and a process that keeps it open could block that.
+    """
+    # In memory if possible: there may be no folder for temporary files.
+    has_memory = hasattr(os, "memfd_create")
+    file = os.fdopen(os.memfd_create("message"), "w+b") if has_memory else tempfile.TemporaryFile()  # noqa: SIM115
+    file.write(body)
+    file.seek(0)
+    return file
