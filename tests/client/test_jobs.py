@@ -892,3 +892,37 @@ def test_asyncio_client_gives_jobs_back_after_its_connection_broke(server: Serve
 
     run(server, scenario)
     assert texts(mq) == [("x", 2)]
+
+
+def test_asyncio_loops_that_end_after_a_connection_broke_share_the_next_one(server: Server, mq: Client) -> None:
+    mq.put_many("t", ["1", "2", "3"])
+
+    async def scenario(one: AsyncClient) -> None:
+        loops = [one.work("t") for _ in range(3)]
+        for loop in loops:
+            await anext(loop)
+        one._pool.shared._connection.sock.shutdown(2)  # type: ignore[union-attr]
+        await asyncio.gather(*(loop.aclose() for loop in loops))
+        # One is the other client's. The server may not have noticed yet that the first one broke.
+        while server.status.connections() > 2:
+            await asyncio.sleep(0)
+
+    run(server, scenario)
+    assert texts(mq) == [("1", 2), ("2", 2), ("3", 2)]
+
+
+def test_asyncio_client_gives_jobs_back_while_another_call_reconnects(server: Server, mq: Client) -> None:
+    mq.put("t", "x")
+
+    async def scenario(one: AsyncClient) -> None:
+        await one.take("t")
+        one._pool.shared._connection.sock.shutdown(2)  # type: ignore[union-attr]
+        put = asyncio.create_task(one.put("u", "y"))
+        while one._pool.shared._connecting is None:  # type: ignore[union-attr]
+            await asyncio.sleep(0)
+        await one.close()
+        with suppress(ClientClosed):
+            await put
+
+    run(server, scenario)
+    assert texts(mq) == [("x", 2)]

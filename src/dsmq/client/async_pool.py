@@ -48,13 +48,20 @@ class Channel(Retryable):
         return place.future
 
     async def ask_once(self, call: Call) -> None:
-        """Make a call, with at most one attempt to connect."""
+        """Make a call. If there is no connection, try only once to connect, unless other calls are trying already."""
         await self.settle()
-        if self._connection is None or self._connection.error is not None:
-            if self._connecting is not None:
+        if not self._is_connected:
+            if self._connecting is None:
+                self._connecting = asyncio.create_task(self._connect_once())
+                self._connecting.add_done_callback(retrieve_error)
+            await asyncio.wait([self._connecting])
+            if not self._is_connected:
                 raise ConnectionResetError("there is no connection")
-            await self.connect()
         await self.ask(call)
+
+    @property
+    def _is_connected(self) -> bool:
+        return self._connection is not None and self._connection.error is None
 
     def _schedule(self) -> None:
         if not self._is_scheduled:
@@ -129,7 +136,7 @@ class Channel(Retryable):
                 # No call has failed, so this does not count as another attempt.
                 self._core.announce("lost", self._connection.error)
                 self._connection = None
-            while self._has_calls() and not (self._connection and self._connection.error is None):
+            while self._has_calls() and not self._is_connected:
                 error = failure or (self._connection.error if self._connection else None)
                 if error is not None:
                     delay = self._core.retry_delay(self, error, self._retries, connected=failure is None)
@@ -146,6 +153,15 @@ class Channel(Retryable):
         finally:
             self._connecting = None
         self._send()
+
+    async def _connect_once(self) -> None:
+        try:
+            await self.connect()
+        finally:
+            self._connecting = None
+            if self._has_calls():
+                # They were made in the meantime.
+                self._connect_soon()
 
     async def _try_to_connect(self) -> Exception | None:
         try:
