@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import string
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -284,6 +286,7 @@ def test_inline_request_parses_at_every_split(words: list[tuple[bytes, bytes]], 
         (b'PUT t "a b"', [b"PUT", b"t", b"a b"]),
         (b'"\\n\\r\\t\\"\\\\\\x41\\xff\\xfF"', [b'\n\r\t"\\A\xff\xff']),
         (b'"\\q\\x4g"', [b"qx4g"]),
+        (b'"\\\\n\\a\\101\\N{DIGIT ONE}\\u0041\\x4\\x31\\x5cn\xc3\xa9"', [b"\\na101N{DIGIT ONE}u0041x41\\n\xc3\xa9"]),
         (b"'it\\'s'", [b"it's"]),
         (b"'\\n\\x41\"'", [b'\\n\\x41"']),
         (b"it's 5\"", [b"it's", b'5"']),
@@ -299,6 +302,26 @@ def test_unbalanced_quotes_are_refused(line: bytes) -> None:
     with pytest.raises(ProtocolError, match="quotes"):
         split_line(line)
     assert outcome(RequestParser(LIMIT), [line + b"\n"]) == ("[]", ProtocolError)
+
+
+@pytest.mark.parametrize(
+    "line", [b'"%b"' % (b"\\x41" * 16_000), b'"%b"' % (b"\\n" * 32_000), b'"%b"' % (b"\\q" * 32_000), b'"" ' * 20_000]
+)
+def test_work_for_a_line_does_not_grow_with_its_words_and_escapes(line: bytes) -> None:
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count)
+    try:
+        with suppress(ProtocolError):
+            split_line(line)
+    finally:
+        sys.setprofile(None)
+    # The calls for each of the words allowed.
+    assert calls < MAX_ARGUMENTS * 50
 
 
 def test_inline_requests_and_arrays_may_follow_each_other() -> None:
