@@ -227,6 +227,25 @@ def test_kill_keeps_counts_and_restarts_numbers(peer: Peer, client_clock: Client
     assert peer.missed() == (1, [1, 0, 0])
 
 
+def test_messages_that_expired_around_a_kill_are_missed(peer: Peer, client_clock: ClientClock) -> None:
+    for topic in "abaab":
+        peer.put(topic, 1.0)
+    peer.fetch(2)
+    assert peer.take() == [("a", 1), ("b", 1)]
+    # The snapshot has all of these messages, and no others are lost.
+    era = peer.reader.asked()[0].era
+    era.next[0] = Era("one", b"second", 0, None, [(5, 2**32)])
+    peer.last_id = 2**32
+    for topic in "ac":
+        peer.put(topic, 1.0)
+    client_clock.passed += 2.0
+    for topic in "bac":
+        peer.put(topic)
+    peer.fetch()
+    assert peer.take() == [("b", 3), ("a", 5), ("c", 2)]
+    assert peer.missed() == (4, [3, 1, 0])
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_each_message_is_returned_once_or_counted_as_missed(peer: Peer, client_clock: ClientClock, seed: int) -> None:
     """Calls are interrupted at random; messages expire in the read-ahead and at the server."""

@@ -30,6 +30,8 @@ class Count(NamedTuple):
     number: int
     missed: int
     expires: float
+    id: int
+    """The id of the message with that number, or a later one of the same run."""
 
 
 Counts: TypeAlias = dict[str, Count]
@@ -143,7 +145,8 @@ class Stretch:
         for entry in self.ahead[:at]:
             missed = 0 if last is None else entry.number - last - 1
             before = counts.get(entry.topic)
-            counts[entry.topic] = Count(entry.topic_number, (before.missed if before else 0) + missed, entry.expires)
+            missed += before.missed if before else 0
+            counts[entry.topic] = Count(entry.topic_number, missed, entry.expires, entry.id)
             last = entry.number
         if len(counts) > _MAX_COUNTS:
             now = self.ahead[at - 1].put_at
@@ -158,7 +161,8 @@ class Stretch:
         counts = self.counts_at(at)
         if counts is None or after is None or now is None:
             return None
-        found = {entry.topic: Count(entry.topic_number - 1, 0, entry.expires) for entry in reversed(ahead)} | counts
+        first = {entry.topic: entry for entry in reversed(ahead)}
+        found = {topic: Count(one.topic_number - 1, 0, one.expires, one.id) for topic, one in first.items()} | counts
         for topic in found.keys() & after.keys() & now.keys():
             before = found[topic]
             found[topic] = before._replace(missed=now[topic].missed - after[topic].missed + before.missed)
@@ -177,7 +181,7 @@ class Stretch:
             return None
         new = {
             entry.topic: Count(
-                entry.topic_number, counts[entry.topic].missed if entry.topic in counts else 0, entry.expires
+                entry.topic_number, counts[entry.topic].missed if entry.topic in counts else 0, entry.expires, entry.id
             )
             for entry in found
         }
@@ -322,11 +326,16 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
     if era.epoch != stretch.era.epoch:
         others = [position for position in positions if position[0] != stretch.era.epoch]
         positions = (*others, (stretch.era.epoch, stretch.era.run, *here))[-_MAX_POSITIONS:]
-    counts = without_numbers(stretch.counts_at(at))
+    counts = stretch.counts_at(at)
     for one, rest in zip(parts, [*parts[1:], None], strict=True):
         one.rest, one.generation, one.positions = rest, stretch.generation, positions
-        one.counts = counts
+        one.counts = without_numbers(counts)
         one.ask = one.ask and counts is None
+    if counts and era.epoch == stretch.era.epoch:
+        # The server still has the last messages of these topics, or has had them expire, so their numbers continue.
+        parts[0].counts = {
+            topic: count._replace(number=-1) if era.lost(count.id) else count for topic, count in counts.items()
+        }
     parts[-1].back = stretch.back
     parts[0].missed = stretch.taken(at)[2]
     return parts[0]
