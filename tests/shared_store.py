@@ -18,7 +18,7 @@ import nats
 
 import dsmq.store.nats
 from dsmq.errors import ReplyError
-from dsmq.store.api import Answer, Found, ManyTopics, Message, Outcome, Put, TopicStats
+from dsmq.store.api import Answer, Found, ManyTopics, Message, Outcome, Put, TopicStats, Watched
 from dsmq.store.group import Receipt
 from dsmq.store.groups import Job, Take
 from dsmq.store.nats import NATSStore
@@ -109,7 +109,7 @@ class CountingStore(NATSStore):
     def append(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
         return _then(super().append(puts), self._outcomes)
 
-    def append_together(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
+    def append_together(self, puts: Sequence[Put], _: Watched | None = None) -> Answer[list[Outcome]]:
         return _then(super().append_together(puts), self._outcomes)
 
     def publish_job_fact(self, fact: bytes, answer: Future[list[Outcome]]) -> None:

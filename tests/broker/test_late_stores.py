@@ -20,7 +20,7 @@ from dsmq.broker.reads import PendingRead
 from dsmq.client import connect
 from dsmq.errors import Full, ShuttingDown, StoreFailed, Unsure
 from dsmq.server import Server
-from dsmq.store.api import Found, ManyTopics, Message, Outcome, Put
+from dsmq.store.api import Found, ManyTopics, Message, Outcome, Put, Watched
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.resp import encode_request
 
@@ -40,10 +40,11 @@ class LaterStore(SQLiteStore):
     def append(self, puts: Sequence[Put]) -> Future[list[Outcome]]:  # type: ignore[override]
         return self.threads.submit(self._append, puts)
 
-    append_together = append  # type: ignore[assignment]
+    def append_together(self, puts: Sequence[Put], watched: Watched | None = None) -> Future[list[Outcome]]:  # type: ignore[override]
+        return self.threads.submit(self._append, puts, watched)
 
-    def _append(self, puts: Sequence[Put]) -> list[Outcome]:
-        outcomes = super().append(puts)
+    def _append(self, puts: Sequence[Put], watched: Watched | None = None) -> list[Outcome]:
+        outcomes = super().append(puts, watched)
         self.on_messages({put[0] for put in puts})
         return outcomes
 

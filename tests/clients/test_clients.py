@@ -21,6 +21,8 @@ pytestmark = [
 TOKEN = "a-token-of-more-than-16-characters"
 PIPELINED = 100_000
 MANY = 1000
+# Some libraries convert OK.
+WATCHED = ("= OK", "= True", "= 1")
 
 
 @pytest.fixture(params=LIBRARIES, ids=str)
@@ -79,6 +81,19 @@ def test_transaction_stores_all_or_nothing(library: Library) -> None:
             program.ask("transaction", "PUT", "t", "d", *bad, "PUT", "t", "e")
         check_in_step(program)
         assert server.status.totals().messages == 3
+
+
+# redigo's pool ends a watch when the connection is returned to it.
+@pytest.mark.parametrize("library", [library for library in LIBRARIES if library.name != "redigo"], ids=str)
+def test_put_into_watched_topic_cancels_transaction(library: Library) -> None:
+    with serving() as server, library.running(server.port) as program, connect(port=server.port) as mq:
+        assert program.call("WATCH", "t", "u") in WATCHED
+        mq.put("u", "x")
+        program.ask("transaction", "PUT", "t", "a", "PUT", "t", "b")
+        assert server.status.totals().stored == 1
+        check_in_step(program)
+        assert program.call("WATCH", "t", "u") in WATCHED
+        assert program.ask("transaction", "PUT", "t", "a", "PUT", "t", "b") == "= 2 3"
 
 
 def test_token_works_with_both_resp_versions(library: Library) -> None:

@@ -29,7 +29,7 @@ from stores import (
     store_fixture,
 )
 
-from dsmq.errors import Forgotten, Full, StartupError, StoreFailed
+from dsmq.errors import Aborted, Forgotten, Full, StartupError, StoreFailed
 from dsmq.store import database
 from dsmq.store import dedup as producers
 from dsmq.store import sqlite as store_module
@@ -508,6 +508,26 @@ def test_least_recent_empty_topic_is_forgotten(store: ClockedStore, clock: Clock
     assert put(store, b"b", b"x") == [6]
     assert read(store, b"b") == [a_message(6, 1, 0, b"x")]
     assert [topic.name for topic in store.topics(b"", 10)] == [b"b", b"held"]
+
+
+@pytest.mark.usefixtures("two_empty_topics")
+def test_watched_topic_that_was_forgotten_counts_as_changed(store: ClockedStore, clock: Clock) -> None:
+    def fill_and_expire(*topics: bytes) -> None:
+        for topic in topics:
+            put(store, topic, b"x")
+        clock.now += MAX_AGE + 1
+        expire_all(store)
+
+    fill_and_expire(b"a")
+    watched = {b"a": store.last_id()}
+    new = [(b"a", b"y", None)]
+    fill_and_expire(b"b")
+    [stored] = store.append_together(new, watched)
+    watched = {b"a": stored}
+    fill_and_expire(b"a", b"b", b"c")
+    with pytest.raises(Aborted):
+        store.append_together(new, watched)
+    assert store.append_together(new, {b"a": store.last_id()}) == [store.last_id()]
 
 
 @pytest.mark.usefixtures("two_empty_topics")

@@ -17,7 +17,7 @@ from dsmq.broker.arguments import parse_topic
 from dsmq.broker.auth import Role
 from dsmq.errors import AuthRequired, BadRequest, NotPermitted, UnknownCommand
 from dsmq.wire.limits import MANY_NAMES, MAX_ARGUMENTS, MAX_NAMES
-from dsmq.wire.resp import Encoded, encode_array, encode_integer, encode_null, encode_value, quoted
+from dsmq.wire.resp import Encoded, encode_array, encode_integer, encode_null_array, encode_value, quoted
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
@@ -87,7 +87,7 @@ def _describe_commands(client: Connection, request: list[bytes]) -> bytes:
         case [] | [b"INFO"]:
             return encode_array([_info(command) for command in COMMANDS.values()])
         case [b"INFO", *names]:
-            null = b"*-1\r\n" if client.version == 2 else encode_null(3)
+            null = encode_null_array(client.version)
             return encode_array([_info(COMMANDS[name]) if name in COMMANDS else null for name in names])
         case [b"COUNT"]:
             return encode_integer(len(COMMANDS))
@@ -147,6 +147,8 @@ COMMANDS: dict[bytes, Command] = {
         Command("MULTI", transactions.multi, "", "Queue the following requests until EXEC."),
         Command("EXEC", transactions.execute, "", "Run the requests since MULTI; return an array of replies."),
         Command("DISCARD", transactions.discard, "", "Drop the requests since MULTI."),
+        Command("WATCH", transactions.watch, "topic [topic ...]", "Make EXEC run nothing if a topic gets a message."),
+        Command("UNWATCH", transactions.unwatch, "", "Watch no topics."),
         Command(
             "TAKE",
             jobs.take,
@@ -193,7 +195,7 @@ COMMANDS: dict[bytes, Command] = {
         Command("PING", handshake.ping, "[message]", "Return PONG, or the message.", Role.NOBODY),
         Command("ECHO", handshake.echo, "message", "Return the message."),
         Command("QUIT", handshake.quit_, "", "Close the connection.", Role.NOBODY),
-        Command("RESET", handshake.reset, "", "Reset MULTI, name, NOTICES and RESP version; keep the token."),
+        Command("RESET", handshake.reset, "", "Reset MULTI, WATCH, name, NOTICES and RESP version; keep the token."),
         Command("SELECT", handshake.select, "0", "Do nothing: there is one database."),
         Command("READONLY", handshake.readonly, "", "Do nothing: the connection stays writable."),
         Command("CLIENT", handshake.client_, "subcommand [argument ...]", "Name the connection, or describe it."),
@@ -214,7 +216,7 @@ COMMANDS_BY_ROLE[Role.NOBODY] = {}
 def _queued(command: Command) -> Command:
     if command.name in ("EXEC", "DISCARD", "RESET"):
         return command
-    is_refused = command.name in ("MULTI", "HELLO", "AUTH", "QUIT", "SHUTDOWN", "PURGE", "TAKE")
+    is_refused = command.name in ("MULTI", "HELLO", "AUTH", "QUIT", "SHUTDOWN", "PURGE", "TAKE", "WATCH")
     return replace(command, handler=partial(transactions.refuse if is_refused else transactions.queue, command))
 
 

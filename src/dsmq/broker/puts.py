@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from dsmq import logs
 from dsmq.broker.arguments import ASTERISK, MAX_NAME_BYTES, parse_integer, parse_options, parse_topic
 from dsmq.errors import BadRequest, ReplyError, StoreFailed, TooBig, Unsure, WrongEpoch
-from dsmq.store.api import Answer, Outcome, Put, RetriedKey, Store
+from dsmq.store.api import Answer, Outcome, Put, RetriedKey, Store, Watched
 from dsmq.wire.resp import encode_integer
 
 if TYPE_CHECKING:
@@ -136,11 +136,13 @@ class PutBatch:
         _answer_later([connection], stored)
         self._answer_in_order(left)
 
-    def append(self, puts: list[Put], *, together: bool = False) -> Answer[list[Outcome]] | ReplyError:
+    def append(
+        self, puts: list[Put], watched: Watched | None = None, *, together: bool = False
+    ) -> Answer[list[Outcome]] | ReplyError:
         """Store these puts and wake readers waiting for them; return the outcomes or the error for all."""
         store = self._loop.context.store
         try:
-            stored = store.append_together(puts) if together else store.append(puts)
+            stored = store.append_together(puts, watched) if together else store.append(puts)
         except ReplyError as error:
             return error
         except Exception:
@@ -178,10 +180,10 @@ def _answer_later(connections: list[Connection], stored: Sequence[Outcome] | Rep
 
 
 def put_together(
-    client: Connection, puts: list[Put], encode: Callable[[list[int] | ReplyError], bytes]
+    client: Connection, puts: list[Put], encode: Callable[[list[int] | ReplyError], bytes], watched: Watched
 ) -> bytes | None:
     """Store all of the puts or none; return the encoded ids or error, or None if the store answers later."""
-    stored = client.loop.batch.append(puts, together=True)
+    stored = client.loop.batch.append(puts, watched, together=True)
     if not isinstance(stored, Future):
         return encode(_as_one(stored))
     client.pending_puts += 1

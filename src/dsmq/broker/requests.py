@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
     from dsmq.broker.event_loop import EventLoop
     from dsmq.broker.transactions import Step, Transaction
+    from dsmq.store.api import Watched
 
 # Commands with long replies, and the bytes to reserve for each. READ and GET know the length of their replies.
 LONG_REPLIES = frozenset({b"TOPICS", b"ECHO", b"PING", b"COMMAND", b"CONFIG", b"INFO"})
@@ -35,7 +36,7 @@ class Requests:
 
     __slots__ = (
         *("_discarded", "budget", "connection", "counts", "incomplete_since", "loop", "max_receive", "parser"),
-        *("permitted", "queue", "reserved", "slow_from", "steps", "transaction", "transport"),
+        *("permitted", "queue", "reserved", "slow_from", "steps", "transaction", "transport", "watched"),
     )
 
     def __init__(self, connection: Connection) -> None:
@@ -48,6 +49,7 @@ class Requests:
         self.queue: list[list[bytes]] = []
         """Requests parsed but not yet run; so few that a deque would not be faster, only larger when idle."""
         self.transaction: Transaction | None = None
+        self.watched: Watched = {}
         self.steps: list[Step] = []
         """The remaining steps of EXEC, in reverse order. The queue contains a request with an empty name for each."""
         self.permitted: dict[bytes, Command] = {}
@@ -289,6 +291,7 @@ class Requests:
         """Update the total. If there is no room for the rest of an incomplete request, make the connection wait."""
         parser, connection, transaction = self.parser, self.connection, self.transaction
         held = parser.buffered + connection.reads.memory + (transaction.memory if transaction else 0)
+        held += request_memory([*self.watched]) if self.watched else 0
         held += sum(map(request_memory, self.queue)) + sum([request_memory(step.request) for step in self.steps])
         if parser.incomplete and connection.state in (OPEN, BEHIND):
             more = _counted(held + parser.missing) - self.reserved
@@ -310,6 +313,7 @@ class Requests:
         self.queue.clear()
         self.steps.clear()
         self.transaction = None
+        self.watched.clear()
         self.reserved = 0
         self.incomplete_since = self.slow_from = inf
 

@@ -1,4 +1,4 @@
-"""MULTI, EXEC and DISCARD."""
+"""MULTI, EXEC, DISCARD, WATCH and UNWATCH."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from dsmq.broker.arguments import parse_topic
 from dsmq.broker.puts import put_together
 from dsmq.broker.usage import request_memory
 from dsmq.errors import Aborted, BadRequest, ReplyError, TooBig, UnknownCommand
-from dsmq.wire.limits import MAX_INTEGER
-from dsmq.wire.resp import OK, Encoded, encode_integer, encode_simple
+from dsmq.wire.limits import MAX_INTEGER, MAX_NAMES, MAX_NAMES_BYTES
+from dsmq.wire.resp import OK, Encoded, encode_integer, encode_null_array, encode_simple
 
 if TYPE_CHECKING:
     from dsmq.broker.commands import Command
@@ -88,11 +89,32 @@ def discard(client: Connection, _: list[bytes]) -> bytes:
     return OK
 
 
+def watch(client: Connection, request: list[bytes]) -> bytes:
+    store, requests = client.context.store, client.requests
+    if store.is_shared:
+        # Another server may store a message between the check and the puts.
+        raise BadRequest("topics can't be watched in a store shared by several servers")
+    watched = dict.fromkeys((parse_topic(client, [b"", topic]) for topic in request[1:]), store.last_id())
+    # A topic that is watched already stays watched from then on.
+    watched |= requests.watched
+    if len(watched) > MAX_NAMES or sum(map(len, watched)) > MAX_NAMES_BYTES:
+        raise TooBig(f"a client may watch at most {MAX_NAMES} topics, of {MAX_NAMES_BYTES} bytes in total")
+    requests.watched = watched
+    requests.count()
+    return OK
+
+
+def unwatch(client: Connection, _: list[bytes]) -> bytes:
+    client.requests.watched = {}
+    return OK
+
+
 def _end_transaction(client: Connection, name: str) -> Transaction:
     transaction = client.requests.transaction
     if transaction is None:
         raise BadRequest(f"{name} without MULTI")
     client.requests.begin(None)
+    client.requests.watched = {}
     return transaction
 
 
@@ -105,7 +127,7 @@ def execute(client: Connection, request: list[bytes]) -> bytes | None:
     if client.start_id is None:
         client.await_start(request)
         return None
-    transaction = _end_transaction(client, "EXEC")
+    watched, transaction = client.requests.watched, _end_transaction(client, "EXEC")
     if transaction.aborted:
         raise Aborted("no request was run, because one after MULTI was refused")
     requests = transaction.requests
@@ -114,14 +136,18 @@ def execute(client: Connection, request: list[bytes]) -> bytes | None:
         puts = [command.parse(client, request) for command, request in requests if command.name == "PUT"]
     except ReplyError as error:
         # A limit was lowered after the put was queued.
+        if watched:
+            raise
         return encode(error)
-    return put_together(client, puts, encode) if puts else encode([])
+    return put_together(client, puts, encode, watched) if puts or watched else encode([])
 
 
 def _begin_steps(
     client: Connection, requests: list[tuple[Command, list[bytes]]], last_id: int, stored: list[int] | ReplyError
 ) -> bytes:
     """Schedule the requests once their puts are stored or refused; return the header of the reply."""
+    if isinstance(stored, Aborted):
+        return encode_null_array(client.version)
     ids = [] if isinstance(stored, ReplyError) else stored[:]
     # The highest id before each put: a put whose id is not higher repeats an earlier put with the same KEY.
     highest = list(accumulate(ids, max, initial=last_id))

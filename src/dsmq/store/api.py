@@ -75,6 +75,10 @@ Put: TypeAlias = tuple[bytes, bytes, tuple[bytes, int] | None]
 """Topic, body and, if the put is idempotent, its key: producer and sequence number."""
 
 
+Watched: TypeAlias = dict[bytes, int]
+"""By topic, the last id, in any topic, when a client began to watch it."""
+
+
 class RetriedKey(NamedTuple):
     """The key of a put that an earlier attempt, perhaps at another server, may have stored."""
 
@@ -237,8 +241,11 @@ class Store(Protocol):
         A store that answers immediately stores all or none. Its ids increase.
         """
 
-    def append_together(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
-        """Like `append`, but store all messages or none."""
+    def append_together(self, puts: Sequence[Put], watched: Watched | None = None) -> Answer[list[Outcome]]:
+        """Like `append`, but store all messages or none.
+
+        Raises Aborted and stores nothing if a watched topic has a newer message; a shared store does not check that.
+        """
 
     def check_producer(self, producer: bytes) -> None:
         """Raise Forgotten if the store may have forgotten recent puts of this producer."""
@@ -359,9 +366,6 @@ class LocalStore:
     thread: Thread | None = None
     due_at = math.inf
     unready_reason = ""
-
-    def append_together(self: Store, puts: Sequence[Put]) -> Answer[list[Outcome]]:
-        return self.append(puts)
 
     def start_id(self: Store) -> int:
         return self.last_id()

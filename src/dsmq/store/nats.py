@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsmq import threads
 from dsmq.errors import ReplyError, StartupError, StoreFailed, TooBig
-from dsmq.store.api import Answer, EngineStats, Outcome, Put, Timing
+from dsmq.store.api import Answer, EngineStats, Outcome, Put, Timing, Watched
 from dsmq.store.nats_api import EngineError
 from dsmq.store.nats_connection import Credentials, NATSConnection, Server
 from dsmq.store.nats_groups import NATSGroups
@@ -263,7 +263,7 @@ class NATSStore(SharedLimits, FreshReads):
         """Publish a change to a group of workers. Raises StoreFailed."""
         self.post(partial(self.publisher.put_fact, self.mirror.jobs_subject, fact, answer))
 
-    def append_together(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
+    def append_together(self, puts: Sequence[Put], _: Watched | None = None) -> Answer[list[Outcome]]:
         return self._append(puts, together=True)
 
     def _append(self, puts: Sequence[Put], *, together: bool) -> Answer[list[Outcome]]:

@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from dsmq.errors import Full, ReplyError
+from dsmq.errors import Aborted, Full, ReplyError
 from dsmq.store.api import (
     MEMORY,
     Limits,
@@ -34,6 +34,7 @@ from dsmq.store.api import (
     Timing,
     TopicStats,
     Totals,
+    Watched,
 )
 from dsmq.store.database import Database, to_reply_error
 from dsmq.store.dedup import Deduplicator
@@ -78,8 +79,10 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
 
     # Puts
 
-    def append(self, puts: Sequence[Put]) -> list[Outcome]:
+    def append(self, puts: Sequence[Put], watched: Watched | None = None) -> list[Outcome]:
         with self._database:
+            if watched:
+                self._check_unchanged(watched)
             # Do everything that can fail before adding the first message.
             topics, buffer, limits = self._topics, self._buffer, self._limits
             drops: dict[bytes, int] | None = None
@@ -100,6 +103,14 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
             if drops:
                 self._drop(drops, written)
             return ids
+
+    append_together = append
+
+    def _check_unchanged(self, watched: Watched) -> None:
+        for topic, last_id in watched.items():
+            # An unknown topic may be one that was forgotten.
+            if (self._topics.find(topic).last_id or self._topics.forgotten_id) > last_id:
+                raise Aborted("a watched topic has a newer message")
 
     def _new_puts(self, puts: Sequence[Put]) -> Iterator[Put]:
         """Iterate over the puts that were not stored before."""

@@ -110,6 +110,8 @@ class TopicTable:
         self.by_row: dict[int, Topic] = {}
         # Last number and id of topics without messages, ordered by last put.
         self.empty: dict[bytes, tuple[int, int]] = {}
+        # The highest last id of a topic that is no longer in `empty`.
+        self.forgotten_id = 0
         self.last_row = 0
         # Messages since the start. `stored` includes `restored`, and `deleted` includes `dropped`.
         self.stored = self.restored = self.deleted = self.deleted_unread = self.dropped = 0
@@ -239,7 +241,8 @@ class TopicTable:
                 self.empty[topic.name] = topic.last_number, topic.last_id
                 self.topic_bytes -= accounted_topic_bytes([topic.name])
         while len(self.empty) > MAX_EMPTY_TOPICS:
-            del self.empty[next(iter(self.empty))]
+            _, last_id = self.empty.pop(next(iter(self.empty)))
+            self.forgotten_id = max(self.forgotten_id, last_id)
         return sum(count for count, _ in deleted.values())
 
     def restore(self, rows: Iterable[tuple[int, bytes, int, int, int, int]]) -> None:

@@ -317,6 +317,10 @@ def encode_null(version: int) -> bytes:
     return b"_\r\n" if version == 3 else b"$-1\r\n"
 
 
+def encode_null_array(version: int) -> bytes:
+    return b"_\r\n" if version == 3 else b"*-1\r\n"
+
+
 def encode_array(items: Sequence[bytes]) -> bytes:
     """Encode an array of encoded items."""
     return b"*%d\r\n%b" % (len(items), b"".join(items))

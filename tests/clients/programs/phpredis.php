@@ -87,7 +87,7 @@ function pipeline(string $topic, string $count): int
 }
 
 // Run the words, three per command, in a transaction.
-function transaction(string ...$words): array
+function transaction(string ...$words): array|false
 {
     global $redis;
     call('PING');
