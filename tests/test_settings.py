@@ -152,7 +152,7 @@ BAD = [
     ("io_threads", "65", "64"),
     ("allow_shutdown", "maybe", "should be true or false, not"),
     ("log_level", "loud", "'warning'"),
-    ("host", "[::1", "should be an address"),
+    *[("host", text, "should be an address") for text in ("[::1", "a b", "http://localhost", "a..b")],
     ("http_host", "::1]", "should be an address"),
     *(
         ("http_allowed_hosts", text, "without ports")
@@ -407,11 +407,19 @@ def test_snapshot_interval_is_zero_or_at_least_a_second(seconds: float) -> None:
         (" " + TOKEN, "should be a token: ASCII, without blanks"),
         (TOKEN + "ż", "should be a token: ASCII, without blanks"),
         ("*" * 20, "should be the token itself, not its mask"),
+        ("x" * 2049, "should have at most 2048 characters"),
     ],
 )
 def test_invalid_token_error_does_not_show_token(name: str, token: str, expected: str, tmp_path: Path) -> None:
     file = toml(tmp_path, f"{name} = {json.dumps(token)}")
     assert config_error(file) == f"{file}: {name}: {expected}"
+
+
+@pytest.mark.parametrize("name", ["host", "port", "auth_token", "max_age_seconds", "max_message_bytes", "log_level"])
+def test_bytes_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}: should not be bytes") as told:
+        config.load(**{name: b"1234567890123456"})
+    assert ("1234567890123456" in str(told.value)) == (name != "auth_token")
 
 
 def test_secrets_have_no_options_and_are_masked(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def connect(  # noqa: PLR0913 - listed one by one for help() and editors
 
 async def _connect(host: str | Sequence[str], port: int, *, retry: bool, **options: Unpack[Options]) -> AsyncClient:
     mq = AsyncClient(host, port, options)
-    await mq._connect_at_start(Retries(blocking.default_wait() if retry else 0.0))  # noqa: SLF001 - one module
+    await mq._connect_at_start(Retries(blocking.default_wait() if arguments.flag("retry", retry) else 0.0))  # noqa: SLF001 - one module
     return mq
 
 
@@ -205,7 +205,7 @@ class AsyncClient(Client):
         """Iterate over messages of one or more topics as they arrive; end when none arrives for `timeout` seconds."""
         seconds, key = arguments.seconds("timeout", timeout), arguments.names(*topics)
         self._session.reader(key)
-        return _Messages(self, key, seconds, raw if text or raw else None)
+        return _Messages(self, key, seconds, arguments.form(text=text, raw=raw))
 
     async def take(
         self, topic: str, group: str = "workers", *, timeout: float | None = None, lease: float = 60.0

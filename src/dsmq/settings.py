@@ -218,6 +218,8 @@ class Settings(BaseSettings):
     def _reject_bool(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, str) and "\0" in value:
             raise ValueError("should be text without NUL characters")
+        if isinstance(value, bytes):
+            raise ValueError("should not be bytes")
         # Python treats True as 1.
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("should not be true or false")

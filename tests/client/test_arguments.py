@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import ssl
 import subprocess
 import time
 from collections.abc import Callable
@@ -28,7 +29,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     *[({"port": value}, ValueError, "port should be 1 to 65535") for value in (0, -1, 65_536)],
     *[({"port": value}, TypeError, "port should be an int") for value in ("30008", True, 30008.0, None)],
     *[({"host": value}, TypeError, "host should be a str") for value in (None, 5, b"127.0.0.1")],
-    *[({"host": value}, ValueError, "host should be an address") for value in ("", "unix:")],
+    *[({"host": value}, ValueError, "host should be an address") for value in ("", "unix:", "a b", "redis://a")],
     *[({"host": value}, ValueError, "NUL") for value in ("unix:/tmp/\0x", "local\0host")],
     *[({"token": value}, TypeError, "token should be a str") for value in (5, b"secret", True)],
     *[({"on_state_change": value}, TypeError, "on_state_change") for value in (5, "print", [])],
@@ -36,6 +37,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     *[({name: "a\0b"}, ValueError, "NUL") for name in ("ca_file", "cert_file", "key_file")],
     *[({name: ""}, ValueError, f"{name} should be a path") for name in ("ca_file", "cert_file", "key_file")],
     ({"tls": "yes"}, TypeError, "tls"),
+    *[({"retry": value}, TypeError, "retry should be a bool") for value in (3, None, "no")],
     *[({"name": value}, TypeError, "name should be a str") for value in (5, b"me")],
     *[({"name": value}, ValueError, "name should have") for value in ("a b", "a\n", "é", "\x1b[31m", "x" * 65)],
 ]
@@ -51,6 +53,12 @@ def test_connect_with_invalid_option_raises(
         connect(**options)
     assert "embedded" not in str(told.value)
     assert time.monotonic() - before < 50 * UNIT
+
+
+@CONNECTS
+def test_tls_context_for_servers_raises(connect: Connect) -> None:
+    with pytest.raises(ValueError, match="tls should be an SSLContext for clients"):
+        connect(tls=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
 
 
 @CONNECTS
@@ -107,6 +115,7 @@ WRONG_CALLS: list[tuple[str, Callable[[Any], Any], type[Exception]]] = [
         (f"put nothing into {topic!r}", lambda mq, topic=topic: mq.put_many(topic, []), error)
         for topic, error in (("", ValueError), (None, TypeError))
     ],
+    ("messages as text and bytes", lambda mq: mq.messages("t", text=True, raw=True), ValueError),
     ("put a number", lambda mq: mq.put("t", 5), TypeError),
     ("put into bytes", lambda mq: mq.put(b"t", "x"), TypeError),
     ("put_many into bytes", lambda mq: mq.put_many(b"t", ["x"]), TypeError),

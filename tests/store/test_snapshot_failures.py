@@ -176,6 +176,18 @@ def test_unusable_snapshot_path_is_reported_at_start(tmp_path: Path) -> None:
             pass
 
 
+def test_device_is_refused_as_snapshot_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with (
+        pytest.raises(StartupError, match="pipe: not a regular file"),
+        serving(snapshot_file=str(pipe)),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == [pipe]
+    assert pipe.is_fifo()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["folder", "file"])
 def test_missing_permission_is_reported_at_start(tmp_path: Path, mode: str) -> None:

@@ -12,6 +12,8 @@ from dsmq.wire.addresses import Endpoint, host_names, parse_endpoint
     [
         ("127.0.0.1", Endpoint("127.0.0.1", 7), "127.0.0.1:7"),
         ("name.example", Endpoint("name.example", 7), "name.example:7"),
+        ("a-1_é.example.", Endpoint("a-1_é.example.", 7), "a-1_é.example.:7"),
+        ("fe80::1%eth0", Endpoint("fe80::1%eth0", 7), "[fe80::1%eth0]:7"),
         ("::1", Endpoint("::1", 7), "[::1]:7"),
         ("[::1]", Endpoint("::1", 7), "[::1]:7"),
         ("unix:/run/dsmq", Endpoint("", 7, "/run/dsmq"), "unix:/run/dsmq"),
@@ -23,7 +25,15 @@ def test_endpoint_is_parsed_and_formatted(text: str, endpoint: Endpoint, shown: 
     assert str(endpoint) == shown
 
 
-@pytest.mark.parametrize("text", ["", "[]", "[", "]", "[::1", "::1]", "unix:", "127.0.0.1:1", "a:", ":1", "[::1]:1"])
+URLS = ["http://localhost", "redis://localhost", "localhost/", "user@host"]
+NOT_HOSTS = ["a b", "a\n", "a\x7f", "a,b", "a..b", "a" * 64, "\ud800", *URLS]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "[", "]", "[::1", "::1]", "unix:", "127.0.0.1:1", "a:", ":1", "[::1]:1", *NOT_HOSTS],
+    ids=ascii,
+)
 def test_invalid_endpoint_raises(text: str) -> None:
     with pytest.raises(ValueError, match="should be an address"):
         parse_endpoint(text)

@@ -128,7 +128,7 @@ class DSMQClientSideConnection(Worker):
     ) -> None:
         super().__init__(host, port, options)
         self._pool = Pool(self._core)
-        self._verbose, self._retry = verbose, retry
+        self._verbose, self._retry = verbose, arguments.flag("retry", retry)
         self._log(f"connecting to the dsmq server at {self._core.endpoint}")
         self._pool.give_back(self._connect_at_start(Retries(default_wait() if retry else 0.0)))
 
@@ -239,7 +239,7 @@ class DSMQClientSideConnection(Worker):
         self._session.reader(key)
         end = object()
         # Not a generator, because an interrupt would end it.
-        return iter(partial(self._read, key, 1, seconds, raw if text or raw else None, end), end)
+        return iter(partial(self._read, key, 1, seconds, arguments.form(text=text, raw=raw), end), end)
 
     def ping(self) -> None:
         """Check that the server answers."""

@@ -43,6 +43,20 @@ def count(name: str, value: object) -> int:
     return number
 
 
+def flag(name: str, value: object) -> bool:
+    """Return a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be a bool, not {value!r}")
+    return value
+
+
+def form(*, text: bool, raw: bool) -> bool | None:
+    """Return which form messages should have: bytes (True), str (False), or Messages (None)."""
+    if text and raw:
+        raise ValueError("text=True and raw=True exclude each other")
+    return raw if text or raw else None
+
+
 def endpoints(host: object, port: object) -> tuple[Endpoint, ...]:
     """Return the endpoints of hosts, separated by commas or in a list, each with its own port or this one.
 

@@ -77,6 +77,8 @@ def tls_context(security: Security) -> SSLContext | None:
             raise TypeError(f"tls should be a bool or an SSLContext, not {tls!r}")
         if any(files):
             raise TypeError("with an SSLContext, load the files into the context")
+        if tls.protocol.name == "PROTOCOL_TLS_SERVER":
+            raise ValueError("tls should be an SSLContext for clients, not for servers")
         return tls
     if not (tls or any(files)):
         return None

@@ -90,6 +90,9 @@ class Snapshotter:
 
         If the file is damaged, it is renamed, and the store stays empty.
         """
+        if self.path.exists() and not (self.path.is_file() or self.path.is_dir()):
+            # Snapshots are renamed over the previous one, which would remove a device.
+            raise StartupError(f"snapshot_file: {self.path}: not a regular file")
         try:
             self._lock = _lock_file(self.path.with_name(self.path.name + ".lock"))
             snapshot_file.rehearse(self.path)

@@ -9,6 +9,9 @@ NATS_PORT = 4222
 UNIX = "unix:"
 """The prefix of a Unix socket's path."""
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
+# Found only in what is neither an address nor a host name, such as a URL: characters that these never contain, empty
+# labels, and labels that are too long.
+_NOT_IN_HOST = re.compile(r"[\s\x00-\x1f\x7f\ud800-\udfff,/@]|\.\.|[^.]{64}")
 
 
 class Endpoint(NamedTuple):
@@ -34,7 +37,8 @@ def parse_endpoint(host: str, port: int = 0) -> Endpoint:
     is_unix = host.startswith(UNIX)
     name = host.removeprefix(UNIX) if is_unix else host.removeprefix("[").removesuffix("]")
     brackets = host.startswith("["), host.endswith("]")
-    if not name or (not is_unix and (any(brackets) != all(brackets) or name.count(":") == 1 or "," in name)):
+    is_host = any(brackets) == all(brackets) and name.count(":") != 1 and not _NOT_IN_HOST.search(name)
+    if not name or not (is_unix or is_host):
         raise ValueError("should be an address or a host name, without a port, or unix:/path")
     return Endpoint("", port, name) if is_unix else Endpoint(name, port)
 
