@@ -172,7 +172,7 @@ class Settings(BaseSettings):
     request_timeout_seconds: ClientTimeout = 30.0
     """Time limit from a request's first byte to its last, plus the time its length takes at 16 KiB/s."""
     reply_timeout_seconds: ClientTimeout = 30.0
-    """A client that does not read its replies for this long is disconnected."""
+    """A client that neither reads its replies nor sends requests for this long is disconnected."""
     idle_timeout_seconds: Annotated[Seconds, Field(ge=0, le=YEAR_SECONDS)] = 0.0
     """A connection without a request for this long is closed, unless it is waiting for a message. 0: never; TCP
     keepalive detects clients that have vanished."""

@@ -420,14 +420,35 @@ def test_trickling_request_times_out() -> None:
         assert time.monotonic() - began >= 5 * UNIT
 
 
+def limit_receive_buffer(wire: Wire, server: Server) -> None:
+    """Reconnect with a small receive buffer."""
+    wire.socket.close()
+    wire.socket = socket.socket()
+    wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+    wire.socket.settimeout(SOON)
+    wire.socket.connect(("127.0.0.1", server.port))
+
+
+def test_client_that_is_still_sending_need_not_read() -> None:
+    body = b"x" * 8_000_000
+    with serving(reply_timeout_seconds=15 * UNIT) as server, wire_to(server) as wire:
+        limit_receive_buffer(wire, server)
+        wire.send(encode_request(b"ECHO", body))
+        wait_until(lambda: 0 < server.context.usage.replies.total < len(body))
+        began, pings = time.monotonic(), 0
+        # In total, this takes longer than reply_timeout_seconds.
+        while time.monotonic() < began + 25 * UNIT:
+            wire.send(b"PING\r\n")
+            pings += 1
+            time.sleep(UNIT)
+        assert wire.receive() == body
+        assert [wire.receive() for _ in range(pings)] == ["PONG"] * pings
+
+
 def test_slow_steady_reader_is_not_dropped() -> None:
     with serving(reply_timeout_seconds=15 * UNIT) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x" * 6_000_000)
-        wire.socket.close()
-        wire.socket = socket.socket()
-        wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
-        wire.socket.settimeout(SOON)
-        wire.socket.connect(("127.0.0.1", server.port))
+        limit_receive_buffer(wire, server)
         wire.send(encode_request(b"READ", b"t", b"0"))
         got, began = 0, time.monotonic()
         while got < 6_000_000:

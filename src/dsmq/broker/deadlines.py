@@ -30,7 +30,9 @@ def deadlines(connection: Connection) -> Iterator[tuple[float, Callable[[], None
     settings, state, transport = connection.context.settings, connection.state, connection.transport
     if state is LINGERING:
         yield transport.active_at + transport.linger_seconds, partial(connection.close, "closed by the server")
-    yield transport.unread_since + settings.reply_timeout_seconds, partial(_drop_unread, connection)
+    # A client may send a long pipeline before it reads the first reply.
+    unread_since = max(transport.unread_since, transport.active_at)
+    yield unread_since + settings.reply_timeout_seconds, partial(_drop_unread, connection)
     if state >= FINISHING:
         return
     yield connection.login.deadline, partial(_end_login, connection)
