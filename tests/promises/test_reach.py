@@ -163,6 +163,9 @@ def test_proxy_is_retried_until_server_answers() -> None:
         (b"-NOAUTH HELLO must be called with the client already authenticated, otherwise ...\r\n", " but Redis"),
         (b"*2\r\n$6\r\nserver\r\n$6\r\nvalkey\r\n", " but valkey"),
         (b"Good morning\r\n", ""),
+        # Without the end of a line.
+        (b"AMQP\x00\x00\x09\x01", " but an AMQP server"),
+        (b"\x4a\x00\x00\x00\x098.0.36", ""),
     ],
 )
 def test_other_program_is_named_and_quoted_at_once(connect: Connect, reply: bytes, name: str) -> None:

@@ -21,7 +21,8 @@ If so, calls among them can't be patched, and trace functions don't see them.
 
 _MAX_REPLY_ELEMENTS = 1_048_576
 
-ARRAY, _BULK, _INTEGER, _SIMPLE, _ERROR, _NULL = b"*$:+-_"
+_KINDS = b"*$:+-_"
+ARRAY, _BULK, _INTEGER, _SIMPLE, _ERROR, _NULL = _KINDS
 _ZERO = ord("0")
 CRLF = b"\r\n"
 OK = b"+OK\r\n"
@@ -173,6 +174,9 @@ class ReplyParser(Input):
             if end == at:
                 # Reject it before it is sliced, because mypyc's slices fail if the start is after the end.
                 raise ProtocolError(f"not a reply: {quoted(CRLF)}")
+            if at < len(data) and data[at] not in _KINDS:
+                # Don't wait for the end of a line that another program may never send.
+                raise ProtocolError(f"not a reply: {quoted(data[at:])}")
             if len(data) - at > MAX_LINE_BYTES:
                 raise ProtocolError("no end of line in a reply")
             # One more than allowed, so that a line that is too long is parsed and rejected.
