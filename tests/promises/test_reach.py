@@ -178,6 +178,14 @@ def test_other_program_is_named_and_quoted_at_once(connect: Connect, reply: byte
 
 
 @CONNECTS
+def test_silent_program_is_named_by_address(connect: Connect) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(TimeoutError, match=f"^127.0.0.1:{port}: no reply within {UNIT:g} s"):
+            connect(port=port, timeout=UNIT, retry=False)
+
+
+@CONNECTS
 def test_closing_broker_is_probed_in_its_own_protocol(connect: Connect) -> None:
     # mosquitto closes connections that don't begin with CONNECT.
     with front(b"", b"\x20\x02\x00\x00") as (port, _), pytest.raises(ProtocolError, match="MQTT broker"):

@@ -265,7 +265,7 @@ async def _connect(core: Core, endpoint: Endpoint) -> tuple[Connection, State]:
         if connection is not None:
             connection.fail(ConnectionResetError("not a usable connection"))
         if isinstance(error, TimeoutError):
-            raise TimeoutError(str(error) or f"{endpoint}: no answer within {core.timeout:g} s") from None
+            raise TimeoutError(str(error) or f"{endpoint}: no reply within {core.timeout:g} s") from None
         if connection is not None and isinstance(error, ReplyError | OSError):
             explain = partial(explain_greeting, is_first=not core.session.epoch)
             # Run it in a thread, because it may connect to find out which program answers.

@@ -261,6 +261,8 @@ def explain_greeting(endpoint: Endpoint, received: bytes, error: Exception, *, i
             about = "accepts connections and closes them immediately; is the server behind it up? does it require TLS?"
             return ClosedSilently(f"{endpoint} {about}")
         error = ProtocolError(str(error))
+    if isinstance(error, TimeoutError):
+        return TimeoutError(f"{endpoint}: {error}")
     if received.startswith(_TLS_ALERT):
         return ConnectionAbortedError(f"{endpoint} answers with a TLS alert; does it require TLS?")
     # Redis replies to HELLO with one of these errors.
