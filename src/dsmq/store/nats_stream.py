@@ -47,6 +47,7 @@ from dsmq.store.nats_api import (
     STREAM_NOT_FOUND,
     EngineError,
 )
+from dsmq.store.nats_client import API_SECONDS, close_client, new_client
 from dsmq.store.nats_connection import decode_token, encode_token
 from dsmq.store.rules import NO_RULES, Rules, decode_rules
 from dsmq.system import boot_time
@@ -65,7 +66,6 @@ DEDUPLICATION_SECONDS = 120
 _MARGIN, _MIN_MARGIN_SECONDS = 0.1, 60
 # Nodes delete messages by their own clocks, so clocks that differ by less than the margin lose none.
 CLOCK_TOLERANCE_SECONDS = _MIN_MARGIN_SECONDS
-_API_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 1
 # A node tries to become the leader only after 4 s without one; less here, because clocks differ.
 SOLE_LEADER_SECONDS = 3.5
@@ -91,11 +91,6 @@ class StoredMessage(NamedTuple):
     put_ms: int
     """By the engine's clock."""
     body: bytes
-
-
-def _is_useful(record: logging.LogRecord) -> bool:
-    """Return False for a warning that asyncio logs whenever a TLS connection of the official client ends."""
-    return not str(record.msg).startswith("returning true from eof_received()")
 
 
 class Stream:
@@ -131,9 +126,8 @@ class Stream:
 
     async def connect(self, servers: Sequence[Server], credentials: Credentials, tls: SSLContext | None) -> None:
         """Connect, and reconnect whenever the connection breaks. Returns once connected."""
-        logging.getLogger("asyncio").addFilter(_is_useful)
         self._servers = random.sample(servers, len(servers))
-        self._new_client = partial(_new_client, credentials, tls)
+        self._new_client = partial(new_client, credentials, tls)
         await self._connect()
 
     async def _connect(self) -> None:
@@ -152,7 +146,7 @@ class Stream:
         if (url := self._client.connected_url) is not None:
             left = str(url.hostname), int(url.port or 0)
             self._servers.sort(key=lambda server: server == left)
-            await _close(self._client)
+            await close_client(self._client)
 
     async def open(self) -> None:
         """Create the stream if it does not exist. Raises StartupError if it is not dsmq's or can't be used."""
@@ -352,7 +346,7 @@ class Stream:
         """Publish a message and wait until it is stored; return its id."""
         if len(body) > self.max_body_bytes:
             raise EngineError(f"a message of {len(body)} bytes is longer than the engine accepts (max_payload)")
-        return int(_parse(await self._ask(subject, body, _API_SECONDS, headers))["seq"])
+        return int(_parse(await self._ask(subject, body, API_SECONDS, headers))["seq"])
 
     async def _last_of(self, subject: str) -> bytes | None:
         found = await self.find(last_by_subj=subject)
@@ -371,7 +365,7 @@ class Stream:
     async def purge(self, subject: str, below: int) -> None:
         await self._request(f"STREAM.PURGE.{self.name}", {"filter": subject, "seq": below})
 
-    async def _request(self, what: str, body: object = None, seconds: float = _API_SECONDS) -> dict[str, Any]:
+    async def _request(self, what: str, body: object = None, seconds: float = API_SECONDS) -> dict[str, Any]:
         data = b"" if body is None else json.dumps(body).encode()
         return _parse(await self._ask(f"$JS.API.{what}", data, seconds))
 
@@ -390,40 +384,6 @@ class Stream:
         async with self._connecting, asyncio.timeout(seconds):
             if self._client.is_closed:
                 await self._connect()
-
-
-async def _new_client(credentials: Credentials, tls: SSLContext | None, servers: Sequence[Server]) -> Client:
-    """Return a client that is connected to one of these servers."""
-    options = {"user": credentials.user, "password": credentials.password, "token": credentials.token}
-    scheme = "tls" if tls else "nats"
-
-    async def ignore(_: Exception) -> None:
-        """Without this, the client prints errors, which the requests raise anyway."""
-
-    client = Client()
-    try:
-        await client.connect(
-            [f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}" for host, port in servers],
-            **{name: value for name, value in options.items() if value},  # type: ignore[arg-type]
-            tls=tls,
-            error_cb=ignore,
-            dont_randomize=True,
-            max_reconnect_attempts=-1,
-            reconnect_time_wait=0.1,  # type: ignore[arg-type]
-            connect_timeout=2,
-            ping_interval=1,
-            max_outstanding_pings=3,
-        )
-    except BaseException:
-        # A half-connected client would neither answer requests nor count as closed.
-        await _close(client)
-        raise
-    return client
-
-
-async def _close(client: Client) -> None:
-    with suppress(NATSError, OSError, TimeoutError):
-        await asyncio.wait_for(client.close(), _API_SECONDS)
 
 
 def _parse(data: bytes) -> dict[str, Any]:
