@@ -30,8 +30,8 @@ from engine import LocalEngine
 from helpers import HOST, UNIT
 
 REPLICAS = 3
-# The id of the message with the epoch, which is the first of a stream.
-FIRST = 1
+# The ids of the messages with the epoch and its mark, which are the first of a stream.
+FIRST = 1, 2
 # The min lag of mirrors, so that a test that requires complete mirrors always fails.
 LAG_SECONDS = UNIT / 10
 
@@ -86,7 +86,7 @@ class Streams:
 
 
 class CountingStore(NATSStore):
-    """Assigns ids from 1, like the store in memory, so that tests can rely on ids; that of the epoch is 0.
+    """Assigns ids from 1, like the store in memory, so that tests can rely on ids; those of the epoch are 0.
 
     Facts about groups of workers do not count either.
     """
@@ -181,7 +181,7 @@ class Numbers:
     """Numbers the messages of a stream, skipping those that do not count."""
 
     def __init__(self) -> None:
-        self._skipped = [FIRST]
+        self._skipped = [*FIRST]
 
     def skip(self, message_id: int) -> None:
         if message_id not in self._skipped:
@@ -193,7 +193,7 @@ class Numbers:
     def id(self, number: int) -> int:
         """Return the id of the message with this number, which is the last one before the next message."""
         before = [message_id - at for at, message_id in enumerate(self._skipped)]
-        return number + bisect.bisect_right(before, number) if number else self._skipped[0]
+        return number + bisect.bisect_right(before, number) if number else FIRST[-1]
 
 
 class CountingGroups(NATSGroups):

@@ -133,7 +133,7 @@ def test_mirror_is_complete_although_its_consumer_knows_of_messages_late(
 
     monkeypatch.setattr(nats_stream.Stream, "create_consumer", create_later)
     assert bodies(read(stores(), b"t")) == [b"1", b"2"]
-    assert [task.result() for task in later] == [3]
+    assert [task.result() for task in later] == [4]
 
 
 def test_latest_returns_message_stored_by_another_server(stores: Stores) -> None:

@@ -65,7 +65,9 @@ def _parse_key(store: Store, request: list[bytes]) -> tuple[bytes, int] | None:
         if 0 < len(producer) <= MAX_NAME_BYTES and len(seq) < 19 and seq.isdigit():
             return producer, int(seq)
     options = parse_options(request[3:], {b"KEY": 2, b"AGAIN": 0, b"RUN": 1})
-    if b"RUN" in options and options[b"RUN"][0] != store.run.encode():
+    # The store may begin another run at any time.
+    run = store.run
+    if b"RUN" in options and options[b"RUN"][0] != run.encode():
         raise WrongEpoch(f"{store.epoch} {store.run} this is another run")
     if b"KEY" not in options:
         if b"AGAIN" in options:
@@ -78,7 +80,7 @@ def _parse_key(store: Store, request: list[bytes]) -> tuple[bytes, int] | None:
     if b"AGAIN" not in options:
         return producer, number
     store.check_producer(producer)
-    return RetriedKey(producer, number)
+    return RetriedKey(producer, number, run if b"RUN" in options else "")
 
 
 class PutBatch:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from threading import Thread
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 from dsmq.errors import BadRequest, ReplyError
 
@@ -79,11 +79,16 @@ Watched: TypeAlias = dict[bytes, int]
 """By topic, the last id, in any topic, when a client began to watch it."""
 
 
-class RetriedKey(NamedTuple):
+class RetriedKey(tuple[bytes, int]):
     """The key of a put that an earlier attempt, perhaps at another server, may have stored."""
 
-    producer: bytes
-    seq: int
+    run: str
+    """The run in which that attempt was made; empty if it is unknown."""
+
+    def __new__(cls, producer: bytes, seq: int, run: str = "") -> Self:
+        key = super().__new__(cls, (producer, seq))
+        key.run = run
+        return key
 
 
 class Mirrored(NamedTuple):

@@ -89,7 +89,7 @@ class NATSStore(SharedLimits, FreshReads):
         self.groups = NATSGroups(self)
         self.mirror = Mirror(self.connection, self.stream, self.rules, self.groups, self._new_mirror)
         self._index = ReadIndex(self.mirror, self.connection, self.requests, self.stream)
-        self.publisher = Publisher(self.requests, self.stream.topic_prefix, self._index)
+        self.publisher = Publisher(self.requests, self.stream, self._index)
         self._leader = LeaderFollower(self.connection, self.stream)
 
     def _new_mirror(self) -> MirrorStore:

@@ -69,6 +69,11 @@ class ReadIndex:
         self._readers.append(_Reader(call, time.monotonic() + READ_SECONDS, last_id))
         self._wanted.set()
 
+    @property
+    def epoch(self) -> str:
+        """The mirror's epoch."""
+        return self._mirror.epoch
+
     def mirrored(self, puts: Sequence[Put]) -> list[int | None]:
         """Return the ids of puts that the mirror has."""
         return self._mirror.store.find(puts)

@@ -257,7 +257,7 @@ class Mirror(Fold):
             self._behind = self._behind + 1 if state.last_id < mirrored else 0
             if self._behind >= MAX_BEHIND:
                 # The stream will assign the same ids to other messages.
-                await self._stream.end_epoch(self.epoch)
+                await self._stream.epochs.end(self.epoch)
             if state.epoch != self.epoch:
                 raise EngineError("the stream has another epoch")
             if not self.ready:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.errors import Full, ReplyError, StoreFailed, Unsure
 from dsmq.store.api import Outcome, Put, RetriedKey
-from dsmq.store.nats_api import FULL
+from dsmq.store.nats_api import FULL, WRONG_SEQUENCE
 from dsmq.store.nats_connection import encode_publish, encode_token
 from dsmq.store.nats_requests import Ack, Requests
 
 if TYPE_CHECKING:
     from dsmq.store.nats_index import ReadIndex
+    from dsmq.store.nats_stream import Stream
 
 # A batch is stored atomically, with one acknowledgement. Puts that arrive in the meantime form the next one.
 BATCH_MESSAGES, BATCH_BYTES = 500, 524_288
@@ -29,6 +30,10 @@ ATTEMPT_SECONDS, PUT_SECONDS = 1.0, 20.0
 _PAUSE_SECONDS = 0.1
 # "The message id is in process": the outcome of an earlier attempt is not known yet.
 _IN_PROCESS = 10158
+# "Wrong last sequence", without a number: the engine is checking the epoch for another server's put.
+_CHECKING = 10164
+# Answers after which a batch is sent again as it is; 0: the stream has no leader.
+_TRANSIENT = 0, _IN_PROCESS, _CHECKING
 # "The batch contains a message id that is known."
 _REPEATED = 10201
 
@@ -40,14 +45,22 @@ class _Publish(NamedTuple):
     message_id: bytes
     put: Put
     """If it had no key, with one of the publisher's own."""
+    only_in_epoch: list[tuple[bytes, bytes]]
+    """Headers with which the engine stores it only if the stream still has the epoch of the first attempt.
+
+    The first attempt has none, because the engine checks them for one server at a time.
+    """
 
     @property
     def is_retry(self) -> bool:
         """Whether an earlier attempt, perhaps by another server, may have stored it."""
         return isinstance(self.put[2], RetriedKey)
 
-    def encode(self, reply: bytes, batch: Sequence[tuple[bytes, bytes]] = ()) -> bytes:
-        return encode_publish(self.subject, self.put[1], reply, [(b"Nats-Msg-Id", self.message_id), *batch])
+    def encode(self, reply: bytes, batch: Sequence[tuple[bytes, bytes]] = (), *, is_sent: bool) -> bytes:
+        headers = [(b"Nats-Msg-Id", self.message_id), *batch]
+        if is_sent or self.is_retry:
+            headers += self.only_in_epoch
+        return encode_publish(self.subject, self.put[1], reply, headers)
 
 
 class _Append(NamedTuple):
@@ -72,25 +85,27 @@ class _Batch(NamedTuple):
     def is_retry(self) -> bool:
         return any(message.is_retry for message in self.messages)
 
-    def encode(self, reply: bytes) -> bytes:
+    def encode(self, reply: bytes, *, is_sent: bool) -> bytes:
+        """`is_sent`: an earlier attempt may have stored it."""
         if len(self.messages) == 1:
-            return self.messages[0].encode(reply)
+            return self.messages[0].encode(reply, is_sent=is_sent)
         name, last = secrets.token_hex(8).encode(), len(self.messages)
         encoded = []
         for number, message in enumerate(self.messages, 1):
             headers = [(b"Nats-Batch-Id", name), (b"Nats-Batch-Sequence", b"%d" % number)]
             if number < last:
-                encoded.append(message.encode(b"", headers))
+                encoded.append(message.encode(b"", headers, is_sent=is_sent))
             else:
-                encoded.append(message.encode(reply, [*headers, (b"Nats-Batch-Commit", b"1")]))
+                headers.append((b"Nats-Batch-Commit", b"1"))
+                encoded.append(message.encode(reply, headers, is_sent=is_sent))
         return b"".join(encoded)
 
 
 class Publisher:
     """Publishes puts. Used in one asyncio event loop."""
 
-    def __init__(self, requests: Requests, topic_prefix: bytes, index: ReadIndex) -> None:
-        self._requests, self._topic_prefix, self._index = requests, topic_prefix, index
+    def __init__(self, requests: Requests, stream: Stream, index: ReadIndex) -> None:
+        self._requests, self._stream, self._index = requests, stream, index
         self._queue: deque[_Append] = deque()
         self._is_running = False
         # What is being published now.
@@ -111,17 +126,20 @@ class Publisher:
     def put(self, puts: Sequence[Put], answer: Future[list[Outcome]], *, together: bool) -> None:
         """Queue puts; the answer will have an outcome for each. `together`: store all or none."""
         messages = []
+        only_here = self._stream.epochs.only_in(self._index.epoch)
         for topic, body, key in puts:
             name = key or (self._own, next(self._numbers))
             message_id = b"p.%b:%d" % (encode_token(key[0]), key[1]) if key else b"%b:%d" % name
-            messages.append(_Publish(self._topic_prefix + encode_token(topic), message_id, (topic, body, name)))
+            subject = self._stream.topic_prefix + encode_token(topic)
+            only = self._stream.epochs.only_in(key.run) if isinstance(key, RetriedKey) and key.run else only_here
+            messages.append(_Publish(subject, message_id, (topic, body, name), only))
         self._queue.append(_Append(messages, answer, together, time.monotonic() + PUT_SECONDS))
         self._begin()
 
     def put_fact(self, subject: bytes, body: bytes, answer: Future[list[Outcome]]) -> None:
         """Queue a message for the servers, in order with puts."""
         key = self._own, next(self._numbers)
-        fact = _Publish(subject, b"%b:%d" % key, (b"", body, key))
+        fact = _Publish(subject, b"%b:%d" % key, (b"", body, key), self._stream.epochs.only_in(self._index.epoch))
         self._queue.append(_Append([fact], answer, together=False, until=time.monotonic() + PUT_SECONDS))
         self._begin()
 
@@ -156,7 +174,8 @@ class Publisher:
         messages = [message for append in appends for message in append.messages]
         self._began = time.monotonic()
         batch = _Batch(messages, appends[0].together, appends[0].until)
-        self._requests.send(batch.encode, ATTEMPT_SECONDS, partial(self._on_first_answer, batch))
+        encode = partial(batch.encode, is_sent=False)
+        self._requests.send(encode, ATTEMPT_SECONDS, partial(self._on_first_answer, batch))
 
     def _on_first_answer(self, batch: _Batch, ack: Ack | None) -> None:
         try:
@@ -216,7 +235,9 @@ class Publisher:
             self.last_id = max(self.last_id, ack.id)
             self.repeated += ack.is_repeated
             return list(range(ack.id - count + 1, ack.id + 1))
-        is_final = ack.code in FULL if count == 1 else batch.together and ack.code not in (0, _IN_PROCESS, _REPEATED)
+        if ack.code == WRONG_SEQUENCE and (count == 1 or batch.together):
+            return [Unsure("the stream has lost its messages; this one may or may not have been among them")] * count
+        is_final = ack.code in FULL if count == 1 else batch.together and ack.code not in (*_TRANSIENT, _REPEATED)
         if is_final and ack.code in FULL and batch.is_retry:
             return [Unsure(f"the engine is full, but an earlier attempt may be stored: {ack.text}")] * count
         return [_refusal(ack)] * count if is_final and not is_sent and not batch.is_retry else []
@@ -228,7 +249,7 @@ class Publisher:
 
     async def _publish_parts(self, batch: _Batch, ack: Ack | None, *, is_sent: bool) -> list[Outcome]:
         """Publish a batch in another way if the engine has refused it; otherwise wait and return no outcomes."""
-        if len(batch.messages) > 1 and ack is not None and (ack.id or ack.code not in (0, _IN_PROCESS)):
+        if len(batch.messages) > 1 and ack is not None and (ack.id or ack.code not in _TRANSIENT):
             if not batch.together:
                 # The batch contains repeated puts, or the stream has no room for all of it.
                 self.split += 1
@@ -268,7 +289,7 @@ class Publisher:
         """Publish a batch as a whole, retrying until its outcome is known. `is_sent`: it may already be stored."""
         is_sent = is_sent or batch.is_retry
         while time.monotonic() < batch.until:
-            ack = await self._requests.ask(batch.encode, ATTEMPT_SECONDS)
+            ack = await self._requests.ask(partial(batch.encode, is_sent=is_sent), ATTEMPT_SECONDS)
             if outcomes := self._outcomes(batch, ack, is_sent=is_sent):
                 return outcomes
             is_sent = is_sent or _may_be_stored(ack)

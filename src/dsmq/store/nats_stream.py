@@ -4,6 +4,8 @@ Subjects, if the stream is called `dsmq`:
 
     dsmq.t.<topic>      a message; the topic is percent-encoded
     dsmq.genesis        the epoch: the first message of a stream, which never expires
+    dsmq.facts.epoch-<epoch>
+                        the mark of an epoch, which never expires: puts that may be stored are repeated only where it is
     dsmq.facts.<part>   the numbers of the topics' last messages as of an id, for servers that start later
     dsmq.facts.purge    names and patterns of topics: mirrors delete all messages before this one
     dsmq.facts.jobs     changes to groups of workers, which mirrors make only if they still apply
@@ -21,7 +23,6 @@ import json
 import logging
 import math
 import random
-import secrets
 import sys
 import time
 import zlib
@@ -49,6 +50,7 @@ from dsmq.store.nats_api import (
 )
 from dsmq.store.nats_client import API_SECONDS, close_client, new_client
 from dsmq.store.nats_connection import decode_token, encode_token
+from dsmq.store.nats_epochs import Epochs
 from dsmq.store.rules import NO_RULES, Rules, decode_rules
 from dsmq.system import boot_time
 
@@ -118,6 +120,7 @@ class Stream:
         """The last known rules for topics; None if the stream may have others."""
         self.is_configured = False
         """Whether the stream has the current configuration."""
+        self.epochs = Epochs(self)
 
     def configure(self, max_age_ms: int, max_bytes: int) -> None:
         """Set the values with which `open` configures the stream. Thread-safe."""
@@ -162,7 +165,7 @@ class Stream:
             found = await self._create(self._configuration())
         if self.rules is None:
             # Read them before configuring the stream, which would delete messages beyond its new limits.
-            self.rules = await self._last_of(f"{self.name}.facts.rules") or b""
+            self.rules = await self.last_of(f"{self.name}.facts.rules") or b""
         wanted = self._configuration()
         if not found.get("allow_atomic"):
             version = self._client.connected_server_version
@@ -224,10 +227,10 @@ class Stream:
     async def state(self) -> StreamState:
         """Return the state of the stream. Gives it an epoch if it has none."""
         info = await self._info()
-        genesis = await self._last_of(f"{self.name}.genesis") or await self._begin_epoch()
+        epoch = await self.epochs.current()
         now, kept_ms = _milliseconds(info["ts"]), info["config"]["max_age"] / 1_000_000
         is_whole = now - _milliseconds(info["created"]) < kept_ms
-        return StreamState(info["state"]["last_seq"], genesis.decode(), now, math.inf if is_whole else kept_ms)
+        return StreamState(info["state"]["last_seq"], epoch, now, math.inf if is_whole else kept_ms)
 
     async def last_id(self) -> int:
         """Return the id of the last message that is stored."""
@@ -265,21 +268,6 @@ class Stream:
             self._clock_reported_of = self.leader
             _logger.warning("the clock of NATS server %s is %s this machine's", self.leader, _difference(ahead))
 
-    async def _begin_epoch(self) -> bytes:
-        headers = {"Nats-Expected-Last-Subject-Sequence": "0", **NEVER_EXPIRES}
-        # If several servers try, the first one wins.
-        with suppress(EngineError):
-            await self.publish(f"{self.name}.genesis", secrets.token_hex(8).encode(), headers)
-        genesis = await self._last_of(f"{self.name}.genesis")
-        if genesis is None:
-            raise EngineError("the stream has no epoch")
-        return genesis
-
-    async def end_epoch(self, epoch: str) -> None:
-        """Begin a new epoch, unless another server has begun one."""
-        if await self._last_of(f"{self.name}.genesis") == epoch.encode():
-            await self._request(f"STREAM.PURGE.{self.name}", {"filter": f"{self.name}.genesis"})
-
     async def create_consumer(self, name: str, deliver_to: str, after: int, seconds: float) -> int:
         """Create a consumer that sends all messages after an id to a subject; return how many of them already exist."""
         config = {
@@ -314,7 +302,7 @@ class Stream:
         """Return the topics' last numbers, in parts: an id and the numbers as of that id."""
         parts = []
         for part in range(FACT_PARTS):
-            if found := await self._last_of(f"{self.name}.facts.{part}"):
+            if found := await self.last_of(f"{self.name}.facts.{part}"):
                 facts = json.loads(found)
                 numbers = {decode_token(name.encode()): int(number) for name, number in facts["numbers"].items()}
                 parts.append((int(facts["at"]), numbers))
@@ -348,7 +336,7 @@ class Stream:
             raise EngineError(f"a message of {len(body)} bytes is longer than the engine accepts (max_payload)")
         return int(_parse(await self._ask(subject, body, API_SECONDS, headers))["seq"])
 
-    async def _last_of(self, subject: str) -> bytes | None:
+    async def last_of(self, subject: str) -> bytes | None:
         found = await self.find(last_by_subj=subject)
         return found and found.body
 
@@ -362,8 +350,9 @@ class Stream:
             raise
         return StoredMessage(found["seq"], _milliseconds(found["time"]), base64.b64decode(found.get("data", "")))
 
-    async def purge(self, subject: str, below: int) -> None:
-        await self._request(f"STREAM.PURGE.{self.name}", {"filter": subject, "seq": below})
+    async def purge(self, subject: str, below: int = 0) -> None:
+        """Delete the messages with a subject: all, or those with ids below one."""
+        await self._request(f"STREAM.PURGE.{self.name}", {"filter": subject} | ({"seq": below} if below else {}))
 
     async def _request(self, what: str, body: object = None, seconds: float = API_SECONDS) -> dict[str, Any]:
         data = b"" if body is None else json.dumps(body).encode()
