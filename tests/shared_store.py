@@ -112,7 +112,7 @@ class CountingStore(NATSStore):
     def append_together(self, puts: Sequence[Put], _: Watched | None = None) -> Answer[list[Outcome]]:
         return _then(super().append_together(puts), self._outcomes)
 
-    def publish_job_fact(self, fact: bytes, answer: Future[list[Outcome]]) -> None:
+    def publish_job_fact(self, fact: bytes, answer: Future[list[Outcome]], leaves: float) -> None:
         stored: Future[list[Outcome]] = Future()
 
         def finish(done: Future[list[Outcome]]) -> None:
@@ -122,7 +122,7 @@ class CountingStore(NATSStore):
             _pass_on(done, answer)
 
         stored.add_done_callback(finish)
-        super().publish_job_fact(fact, stored)
+        super().publish_job_fact(fact, stored, leaves)
 
     def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> Answer[list[Message]]:
         return _then(super().read(topic, self._id(after), count, max_bytes, wait_ms), self._messages)

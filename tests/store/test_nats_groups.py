@@ -17,6 +17,7 @@ from dsmq.store.groups import GroupLimits, Job, Take
 from dsmq.store.nats import NATSStore
 from dsmq.store.nats_group_plan import Refused, SharedGroup, apply_plan
 from dsmq.store.nats_group_state import read_state, write_state
+from dsmq.store.nats_room import FACTS_LEAVE
 from dsmq.store.selection import Selection
 from helpers import SOON, reached, wait_until
 from store.test_nats import Stores, bodies, in_engine, put, read, stores, value
@@ -333,7 +334,7 @@ def test_facts_that_cannot_be_read_are_skipped(stores: Stores) -> None:
         b'["x","take","t","workers",0,1,[["","w",1,{"t":[[1]]},[],[]]],[],[]]',
         b'["x","?","t","w"]',
     ):
-        one.publish_job_fact(fact, Future())
+        one.publish_job_fact(fact, Future(), FACTS_LEAVE)
     put(one, b"t", b"1")
     assert len(take(one)) == 1
     await_same(one, other)

@@ -89,7 +89,7 @@ class FakeServer:
 
     # What groups need from a store
 
-    def publish_job_fact(self, fact: bytes, answer: Future[list[Outcome]]) -> None:
+    def publish_job_fact(self, fact: bytes, answer: Future[list[Outcome]], _leaves: float) -> None:
         self.sent.append((fact, answer))
 
     def append(self, puts: Sequence[Put]) -> Future[list[Outcome]]:

@@ -259,9 +259,9 @@ class NATSStore(SharedLimits, FreshReads):
     def append(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
         return self._append(puts, together=False)
 
-    def publish_job_fact(self, fact: bytes, answer: Future[list[Outcome]]) -> None:
-        """Publish a change to a group of workers. Raises StoreFailed."""
-        self.post(partial(self.publisher.put_fact, self.mirror.jobs_subject, fact, answer))
+    def publish_job_fact(self, fact: bytes, answer: Future[list[Outcome]], leaves: float) -> None:
+        """Publish a change to a group of workers that leaves this share of the room for facts. Raises StoreFailed."""
+        self.post(partial(self.publisher.put_fact, self.mirror.jobs_subject, fact, answer, leaves))
 
     def append_together(self, puts: Sequence[Put], _: Watched | None = None) -> Answer[list[Outcome]]:
         return self._append(puts, together=True)

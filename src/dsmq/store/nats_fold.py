@@ -130,7 +130,7 @@ class Fold:
     def _apply_rules(self, fact: bytes, age_ms: int) -> Iterator[int]:
         yield from self._rules.apply(self.store, fact, age_ms)
         if self.ready:
-            self._stream.rules, self._stream.is_configured = fact, False
+            self._stream.adopt(fact)
             self._rules.report()
 
     async def _apply_change(self, store: MirrorStore, message_id: int, slices: Iterator[int]) -> None:

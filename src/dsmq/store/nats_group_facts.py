@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dsmq.errors import JobLost, StoreFailed, TooBig, Unsure
 from dsmq.store.group import GroupCounts, Receipt
 from dsmq.store.nats_group_plan import Refused, SharedGroup, apply_plan, as_bytes, as_text, encode_fact
+from dsmq.store.nats_room import FACTS_LEAVE, JOBS_LEAVE
 from dsmq.store.selection import Selection
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class GroupFacts:
         stored: Future[list[Outcome]] = Future()
         stored.add_done_callback(partial(self._on_stored, name))
         try:
-            self._engine.publish_job_fact(fact, stored)
+            self._engine.publish_job_fact(fact, stored, JOBS_LEAVE if what == "take" else FACTS_LEAVE)
         except StoreFailed as error:
             self._finish(name, error)
 

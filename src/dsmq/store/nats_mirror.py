@@ -296,6 +296,7 @@ class Mirror(Fold):
         if sequence != self._sequence + 1:
             self._lost = f"its consumer skipped from {self._sequence} to {sequence}"
             return
+        self._stream.room.receive(message_id, len(message.subject) + len(message.headers) + len(message.body))
         self._sequence, later = sequence, words[at + 3]
         if later == b"0":
             # Some of the messages that were pending at first may have expired since.

@@ -18,6 +18,7 @@ from dsmq.store.api import Outcome, Put, RetriedKey
 from dsmq.store.nats_api import FULL, WRONG_SEQUENCE
 from dsmq.store.nats_connection import encode_publish, encode_token
 from dsmq.store.nats_requests import Ack, Requests
+from dsmq.store.nats_room import FACTS_LEAVE, MESSAGE_BYTES, PUTS_LEAVE
 
 if TYPE_CHECKING:
     from dsmq.store.nats_index import ReadIndex
@@ -72,6 +73,12 @@ class _Append(NamedTuple):
     """Whether to store all or none."""
     until: float
     """When to give up, by the monotonic clock."""
+    leaves: float
+    """The share of the room for facts that must remain."""
+
+    @property
+    def bytes(self) -> int:
+        return _size(self.messages)
 
 
 class _Batch(NamedTuple):
@@ -133,14 +140,14 @@ class Publisher:
             subject = self._stream.topic_prefix + encode_token(topic)
             only = self._stream.epochs.only_in(key.run) if isinstance(key, RetriedKey) and key.run else only_here
             messages.append(_Publish(subject, message_id, (topic, body, name), only))
-        self._queue.append(_Append(messages, answer, together, time.monotonic() + PUT_SECONDS))
+        self._queue.append(_Append(messages, answer, together, time.monotonic() + PUT_SECONDS, PUTS_LEAVE))
         self._begin()
 
-    def put_fact(self, subject: bytes, body: bytes, answer: Future[list[Outcome]]) -> None:
-        """Queue a message for the servers, in order with puts."""
+    def put_fact(self, subject: bytes, body: bytes, answer: Future[list[Outcome]], leaves: float = FACTS_LEAVE) -> None:
+        """Queue a message for the servers, in order with puts, that leaves this share of the room for facts."""
         key = self._own, next(self._numbers)
         fact = _Publish(subject, b"%b:%d" % key, (b"", body, key), self._stream.epochs.only_in(self._index.epoch))
-        self._queue.append(_Append([fact], answer, together=False, until=time.monotonic() + PUT_SECONDS))
+        self._queue.append(_Append([fact], answer, together=False, until=time.monotonic() + PUT_SECONDS, leaves=leaves))
         self._begin()
 
     async def run(self) -> None:
@@ -168,9 +175,11 @@ class Publisher:
 
     def _begin(self) -> None:
         """Send the next batch if none is in flight."""
-        if self._appends or not self._queue or not self._is_running:
+        if self._appends or not self._is_running:
             return
         self._appends = appends = self._take()
+        if not appends:
+            return
         messages = [message for append in appends for message in append.messages]
         self._began = time.monotonic()
         batch = _Batch(messages, appends[0].together, appends[0].until)
@@ -212,15 +221,26 @@ class Publisher:
             finish(None)
 
     def _take(self) -> list[_Append]:
-        """Take the next batch out of the queue."""
-        taken, count, size = [self._queue.popleft()], 0, 0
-        while self._queue and not (taken[-1].together or self._queue[0].together):
-            count += len(taken[-1].messages)
-            size += sum([len(message.put[1]) for message in taken[-1].messages])
-            if count + len(self._queue[0].messages) > BATCH_MESSAGES or size > BATCH_BYTES:
+        """Take the next batch out of the queue, and refuse what the stream has no room for."""
+        taken, count, size = list[_Append](), 0, 0
+        while self._queue:
+            following = self._queue[0]
+            is_alone = following.together or (taken and taken[-1].together)
+            if taken and (is_alone or count + len(following.messages) > BATCH_MESSAGES or size > BATCH_BYTES):
                 break
-            taken.append(self._queue.popleft())
+            self._queue.popleft()
+            if self._stream.room.is_short(size + following.bytes, following.leaves):
+                self._refuse(following)
+                continue
+            count, size = count + len(following.messages), size + following.bytes
+            taken.append(following)
         return taken
+
+    def _refuse(self, append: _Append) -> None:
+        self._stream.room.refused = append.bytes
+        full = Full("the stream has no room for more; the rest of max_stored_bytes is kept for workers")
+        unsure = Unsure(f"{full}; an earlier attempt may be stored")
+        append.answer.set_result([unsure if message.is_retry else full for message in append.messages])
 
     def _outcomes(self, batch: _Batch, ack: Ack | None, *, is_sent: bool) -> list[Outcome]:
         """Return the outcomes of a batch; none if they are unknown or if it has to be split or retried.
@@ -233,6 +253,7 @@ class Publisher:
         if ack.id and (ack.is_batch or count == 1):
             # The engine reports only the last id of a batch.
             self.last_id = max(self.last_id, ack.id)
+            self._stream.room.publish(ack.id, _size(batch.messages))
             self.repeated += ack.is_repeated
             return list(range(ack.id - count + 1, ack.id + 1))
         if ack.code == WRONG_SEQUENCE and (count == 1 or batch.together):
@@ -296,6 +317,13 @@ class Publisher:
             if outcomes := await self._publish_parts(batch, ack, is_sent=is_sent):
                 return outcomes
         return [_unsure() if is_sent else StoreFailed("the engine does not answer")] * len(batch.messages)
+
+
+def _size(messages: Sequence[_Publish]) -> int:
+    """Return the bytes of messages in the stream."""
+    return sum(
+        [MESSAGE_BYTES + len(message.subject) + len(message.message_id) + len(message.put[1]) for message in messages]
+    )
 
 
 def _answer(appends: list[_Append], outcomes: list[Outcome]) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dsmq.store.nats_index import ReadIndex
     from dsmq.store.nats_mirror import Mirror
     from dsmq.store.nats_puts import Publisher
+    from dsmq.store.nats_stream import Stream
     from dsmq.store.selection import Selection
     from dsmq.store.sqlite import MirrorStore
 
@@ -27,6 +28,7 @@ class MirroredStore:
     """The methods of the store that need only the mirror. Thread-safe."""
 
     mirror: Mirror
+    stream: Stream
 
     @property
     def epoch(self) -> str:
@@ -53,7 +55,7 @@ class MirroredStore:
         return self.mirror.store.totals()
 
     def full(self) -> set[str]:
-        return self.mirror.store.full()
+        return self.mirror.store.full() | ({"max_stored_bytes"} if self.stream.room.is_full else set())
 
     def last_numbers(self) -> dict[bytes, int]:
         return self.mirror.store.last_numbers()

@@ -51,6 +51,7 @@ from dsmq.store.nats_api import (
 from dsmq.store.nats_client import API_SECONDS, close_client, new_client
 from dsmq.store.nats_connection import decode_token, encode_token
 from dsmq.store.nats_epochs import Epochs
+from dsmq.store.nats_room import Room
 from dsmq.store.rules import NO_RULES, Rules, decode_rules
 from dsmq.system import boot_time
 
@@ -121,6 +122,7 @@ class Stream:
         self.is_configured = False
         """Whether the stream has the current configuration."""
         self.epochs = Epochs(self)
+        self.room = Room()
 
     def configure(self, max_age_ms: int, max_bytes: int) -> None:
         """Set the values with which `open` configures the stream. Thread-safe."""
@@ -256,6 +258,7 @@ class Stream:
             raise EngineError("the node can't reach a majority of the others")
         self.heard_at = asked - silent[needed - 1] if needed else asked
         self.majority_at, self.leader = asked, (info.get("cluster") or {}).get("leader", "")
+        self.room.report(info["config"]["max_bytes"], info["state"]["bytes"], info["state"]["last_seq"])
         self._check_clock(_milliseconds(info["ts"]) / 1000)
         return info
 
@@ -323,6 +326,11 @@ class Stream:
         self.rules = fact
         await self.open()
         return await self.publish(f"{self.name}.facts.rules", fact, NEVER_EXPIRES)
+
+    def adopt(self, rules: bytes) -> None:
+        """Configure the stream for these rules, which another server may have done already."""
+        self.rules, self.is_configured = rules, False
+        self.room.set_limit(self._configuration()["max_bytes"])
 
     # Requests
 
