@@ -79,15 +79,6 @@ def test_json_position_of_several_topics_resumes_there(topic: str, mq: DSMQClien
     assert result(*words, "--after", lines[1]["position"], "-n", "9") == (0, b"other\n3\n", b"")
 
 
-def test_json_contains_no_control_characters(topic: str, mq: DSMQClientSideConnection) -> None:
-    name = f"{topic}\x1b\x7f\x85"
-    mq.put(name, "\0\x07\x7f\u2028")
-    _, out, _ = result("get", topic + "*", "--after", "0", "--json")
-    assert out.decode().removesuffix("\n").isprintable()
-    assert json.loads(out)["topic"] == name
-    assert json.loads(out)["message"] == "\0\x07\x7f\u2028"
-
-
 def test_position_file_of_several_topics(topic: str, mq: DSMQClientSideConnection, tmp_path: Path) -> None:
     words = ["get", topic + "/*", topic, "--position-file", str(tmp_path / "position"), "--after", "0", "-n"]
     put_mixed(topic, mq)

