@@ -545,7 +545,7 @@ def test_json_is_valid_and_safe_on_every_terminal(
 
 def test_errors_escape_control_characters() -> None:
     status, shown = on_terminal("ping", "--host", "x" + NASTY)
-    assert status == 1
+    assert status == 2
     assert ESCAPED in shown
     assert shown.removesuffix("\r\n").isprintable()
 

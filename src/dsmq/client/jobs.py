@@ -407,9 +407,9 @@ class Work:
         if self._tokens and (is_over or not self._ready):
             kept = self._jobs.tokens
             kept.setdefault(self._order.token_key, []).extend(self._tokens)
-            if len(kept) > _MANY_JOBS:
+            for key in list(kept)[:-_MANY_JOBS]:
                 # Its job is given again when its lease has ended.
-                kept.pop(next(iter(kept)), None)
+                kept.pop(key, None)
         self._tokens = []
 
     def left(self) -> tuple[list[Receipt], Job | None]:
