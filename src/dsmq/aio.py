@@ -390,6 +390,9 @@ class AsyncClient(Client):
                 return await self._here().shared.connect()
             except NOT_STARTED as error:
                 delay = retries.delay_at_start(error)
+            except BaseException:  # If on_state_change has raised, there is a connection.
+                await self.close()
+                raise
             await asyncio.sleep(delay)
 
 

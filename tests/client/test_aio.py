@@ -241,6 +241,39 @@ def test_shutdown_server(server: Server) -> None:
     asyncio.run(main())
 
 
+def test_cancelled_shutdown_does_not_end_another(server: Server) -> None:
+    async def scenario(mq: AsyncClient) -> None:
+        # The server is not run by `run`, so that it leaves the connection open.
+        shared = mq._here().shared
+        one, other = (asyncio.create_task(mq.shutdown_server()) for _ in range(2))
+        while not shared._connection.has_answered or shared._connection.due:
+            await asyncio.sleep(0)
+        await shared.settle()
+        one.cancel()
+        await asyncio.wait([one])
+        await shared.settle()
+        assert not other.done()
+        shared._connection.sock.shutdown(socket.SHUT_RDWR)
+        await other
+
+    run(server, scenario)
+
+
+def test_raising_callback_leaves_no_connection(server: Server) -> None:
+    def refuse(state: str) -> None:
+        raise LookupError(state)
+
+    async def main() -> None:
+        with pytest.raises(LookupError, match="replaced") as kept:
+            await connect(port=server.port, start="other-epoch:5", on_state_change=refuse)
+        while server.status.connections():
+            await asyncio.sleep(UNIT / 20)
+        # The error refers to the client.
+        assert kept.value
+
+    asyncio.run(asyncio.wait_for(main(), SOON))
+
+
 def test_each_put_many_batch_has_its_own_timeout(server: Server) -> None:
     async def main() -> None:
         async with await connect(port=server.port, timeout=20 * UNIT, reconnect_timeout=0) as mq:

@@ -926,3 +926,39 @@ def test_asyncio_client_gives_jobs_back_while_another_call_reconnects(server: Se
 
     run(server, scenario)
     assert texts(mq) == [("x", 2)]
+
+
+@pytest.mark.parametrize("first", ["aclose", "cancelled aclose", "close"])
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_asyncio_client_and_its_loop_may_be_closed_at_once(
+    server: Server, mq: Client, is_lost: bool, first: str
+) -> None:
+    """One is closed any number of iterations of the event loop after the other."""
+
+    async def main(iterations: int) -> bool:
+        one = await aio.connect(port=server.port)
+        loop: Any = one.work("t", lease=100 * SOON)
+        await anext(loop)
+        if is_lost:
+            one._here().shared._connection.sock.shutdown(2)
+        closing, then = (one.close(), loop.aclose()) if first == "close" else (loop.aclose(), one.close())
+        task = asyncio.create_task(closing)
+        for _ in range(iterations):
+            await asyncio.sleep(0)
+        is_over = task.done()
+        if first == "cancelled aclose":
+            task.cancel()
+        await then
+        with suppress(asyncio.CancelledError):
+            await task
+        # The end of the event loop would close connections that are left.
+        while server.status.connections() > 1:
+            await asyncio.sleep(0)
+        return is_over
+
+    for iterations in itertools.count():
+        mq.put("t", str(iterations))
+        is_over = asyncio.run(asyncio.wait_for(main(iterations), SOON))
+        assert texts(mq) == [(str(iterations), 2)]
+        if is_over:
+            break

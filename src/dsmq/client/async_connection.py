@@ -201,11 +201,9 @@ class Connection(asyncio.Protocol):
 
     async def await_end(self) -> None:
         """Wait until the server closes the connection."""
-        try:
-            async with asyncio.timeout(self._base_timeout):
-                await self._ended
-        except TimeoutError:
-            raise TimeoutError(f"the server has not closed the connection within {self._base_timeout:g} s") from None
+        # Unlike `await`, this does not cancel the future, which others await, too.
+        if not (await asyncio.wait([self._ended], timeout=self._base_timeout))[0]:
+            raise TimeoutError(f"the server has not closed the connection within {self._base_timeout:g} s")
 
     def fail(self, error: Exception) -> None:
         """End the connection immediately. Idempotent."""

@@ -50,6 +50,8 @@ class Channel(Retryable):
     async def ask_once(self, call: Call) -> None:
         """Make a call. If there is no connection, try only once to connect, unless other calls are trying already."""
         await self.settle()
+        # Nothing would close a connection that is made after the others were closed.
+        self._core.raise_if_closed()
         if not self._is_connected:
             if self._connecting is None:
                 self._connecting = asyncio.create_task(self._connect_once())

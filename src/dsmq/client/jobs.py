@@ -177,11 +177,15 @@ def extend(job: Job, seconds: float) -> Settle:
 
 
 def leave(leases: dict[Receipt, float], receipts: list[Receipt], finished: Job | None = None) -> Iterator[Settle]:
-    """Yield calls that give back those jobs that are still held, and finish one."""
+    """Yield calls that give back those jobs that are still held, and finish one.
+
+    A job is held until its call has been made. If that is interrupted, closing the client gives the job back.
+    """
     for receipt in receipts:
-        if leases.pop(receipt, None) is not None:
+        if receipt in leases:
             is_done = finished and finished.receipt == receipt
             yield Settle(b"DONE" if is_done else b"RETURN", receipt, once=True)
+            leases.pop(receipt, None)
 
 
 def _receipt(job: Job) -> Receipt:
