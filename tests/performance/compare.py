@@ -216,16 +216,19 @@ def plot(tables: list[Table], title: str, path: Path) -> None:
     peers = list(dict.fromkeys(peer for by_peer in advantages.values() for peer in by_peer))
     figure, axes = plots.pyplot().subplots(figsize=(8, 0.45 * len(rows) + 1.2), layout="constrained")
     for number, peer in enumerate(peers):
-        offset = 0.15 * ((len(peers) - 1) / 2 - number)
+        offset = 0.8 / len(peers) * ((len(peers) - 1) / 2 - number)
         points = [(advantages[row][peer], at + offset) for at, row in enumerate(rows) if peer in advantages[row]]
         axes.scatter(*zip(*points, strict=True), label=peer, s=28)
     axes.axvline(1, color="black", linewidth=0.8)
+    for at in range(len(rows) + 1):
+        axes.axhline(at - 0.5, color="black", linewidth=0.3, alpha=0.3)
+    axes.set_ylim(-0.5, len(rows) - 0.5)
     axes.set_xscale("log")
     axes.set_yticks(range(len(rows)), rows)
     axes.grid(visible=True, axis="x", alpha=0.3)
     axes.set_xlabel("slower or larger than the peer   ←   1   →   faster or smaller")
     axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower right")
     plots.save(figure, path)
 
 
