@@ -168,9 +168,7 @@ def test_position_of_another_epoch_reads_from_oldest_and_warns(topic: str, mq: D
     mq.put_many(topic, ["1", "2"])
     status, out, err = result("get", topic, "--after", "0123456789abcdef:1000000", "-n", "9")
     assert (status, out) == (0, b"1\n2\n")
-    assert err.startswith(b"dsmq: ")
-    assert err.count(b"\n") == 1
-    assert b"another epoch" in err
+    assert err.decode() == f"dsmq: topic {topic!r}: the position is from another epoch, whose messages are lost\n"
 
 
 def test_id_above_last_id_is_an_error(topic: str, mq: DSMQClientSideConnection) -> None:

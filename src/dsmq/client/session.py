@@ -195,7 +195,8 @@ class Session:
         epoch, after = parse_position(position)
         known = self.keep(self.reader(names(topic))).seek(after, epoch, back)
         if not known:
-            _logger.warning("topic %r: the position is from another epoch, whose messages are lost", topic)
+            about = topic if isinstance(topic, str) else ", ".join(topic)
+            _logger.warning("topic %r: the position is from another epoch, whose messages are lost", about)
         return known
 
     @property
