@@ -201,7 +201,8 @@ def test_connect_finally_raises_connection_refused(
         with pytest.raises(ConnectionRefusedError, match=f"no server answers at 127.0.0.1:{port}"):
             connect("127.0.0.1", port, True)
     assert 0.15 <= time.monotonic() - before < SOON
-    assert capsys.readouterr().err.count("trying again") > 3
+    # The first retry is immediate; whether there is time for others depends on the machine.
+    assert "trying again" in capsys.readouterr().err
 
 
 def test_shutdown_server_stops_it_and_close_may_follow() -> None:

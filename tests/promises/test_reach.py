@@ -137,8 +137,9 @@ def test_proxy_that_closes_at_once_counts_as_starting(
         pytest.raises(ConnectionResetError, match=r"closes them immediately.*tried for") as told,
     ):
         connect(port=port)
-    # In each attempt, the second connection asks whether it is an MQTT broker.
-    assert len(accepted) > 6
+    # In each attempt, the second connection asks whether it is an MQTT broker. The first retry is immediate; whether
+    # there is time for others depends on the machine.
+    assert len(accepted) >= 4
     assert "does it require TLS?" in str(told.value)
 
 
