@@ -77,7 +77,6 @@ def quit_(client: Connection, _: list[bytes]) -> bytes:
 
 def reset(client: Connection, _: list[bytes]) -> bytes:
     client.requests.begin(None)
-    client.requests.watched = {}
     client.name, client.version, client.notices = b"", 2, False
     return encode_simple("RESET")
 

@@ -78,8 +78,10 @@ class Requests:
         self.permitted = (table.queued if self.transaction else table.by_role)[self.connection.role]
 
     def begin(self, transaction: Transaction | None) -> None:
-        """Queue requests in a transaction from now on; None: run them directly again."""
+        """Queue requests in a transaction from now on; None: run them directly again, and watch no topics."""
         self.transaction = transaction
+        if transaction is None:
+            self.watched = {}
         self.permit()
 
     def run_next(self, steps: list[Step]) -> None:

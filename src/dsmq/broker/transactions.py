@@ -114,7 +114,6 @@ def _end_transaction(client: Connection, name: str) -> Transaction:
     if transaction is None:
         raise BadRequest(f"{name} without MULTI")
     client.requests.begin(None)
-    client.requests.watched = {}
     return transaction
 
 

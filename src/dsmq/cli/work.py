@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from dsmq.client.jobs import Job
 
 
+# How long a command may take to end after SIGTERM.
+_KILL_SECONDS = 5.0
+# Windows has none.
+_SIGKILL = getattr(signal, "SIGKILL", signal.SIGTERM)
+
+
 def work(options: argparse.Namespace, connect: Callable[[], DSMQClientSideConnection]) -> None:
     program = options.program[0]
     if shutil.which(program) is None:
@@ -34,12 +40,6 @@ def work(options: argparse.Namespace, connect: Callable[[], DSMQClientSideConnec
                 worker.run(job)
     if worker.stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
-
-
-# How long a command may take to end after SIGTERM.
-_KILL_SECONDS = 5.0
-# Windows has none.
-_SIGKILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 
 class _Stopped(Exception):

@@ -204,11 +204,10 @@ class SelectionReads:
         if after >= self._last_id:
             return []
         known = self._matches[selection] if selection.patterns else None
-        dirty = self._buffer.dirty_topics
-        if after >= self._buffer.written_id and len(dirty) < len((known and known.topics) or selection.names):
+        buffer = self._buffer
+        if after >= buffer.written_id and len(buffer.dirty_topics) < len((known and known.topics) or selection.names):
             # Only topics in the write buffer have such messages.
-            found = [topic for topic in dirty if topic.last_id > after]
-            return [topic for topic in found if selection.matches(topic.name)]
+            return [topic for topic in buffer.after(after) if selection.matches(topic.name)]
         if known is None:
             by_name = self._topics.by_name
             found = [by_name[name] for name in selection.names if name in by_name]

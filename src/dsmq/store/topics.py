@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, TypeAlias
@@ -283,9 +283,7 @@ class WriteBuffer:
 
     def after(self, message_id: int) -> list[Topic]:
         """Return the topics with messages above an id."""
-        # The list is almost sorted already.
-        self.dirty_topics.sort(key=attrgetter("last_id"))
-        return self.dirty_topics[bisect_right(self.dirty_topics, message_id, key=attrgetter("last_id")) :]
+        return [topic for topic in self.dirty_topics if topic.last_id > message_id]
 
     def new_topics(self) -> list[tuple[int, bytes]]:
         """Return the rows and names of topics that are not in the database yet."""
