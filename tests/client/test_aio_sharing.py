@@ -101,6 +101,18 @@ asyncio.run(main())
     assert (found.stdout, found.stderr) == ("True\n", "")
 
 
+def test_server_begins_while_tasks_are_still_calling(server: Server) -> None:
+    async def scenario(mq: AsyncClient) -> None:
+        async def call_last() -> None:
+            # Nothing else can run in this event loop meanwhile.
+            wait_until(lambda: server.status.totals().stored >= 16)
+            await mq.put("t", "last")
+
+        await asyncio.gather(*(mq.put("t", "x") for _ in range(30)), call_last())
+
+    run(server, scenario)
+
+
 @pytest.mark.parametrize("batch", [1, 50])
 def test_puts_with_lost_replies_are_stored_once_in_order(server: Server, batch: int) -> None:
     async def lose(proxy: Proxy, data: bytes) -> bytes:

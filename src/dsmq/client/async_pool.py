@@ -14,6 +14,9 @@ from dsmq.client.session import State
 from dsmq.errors import ClientClosed, ConnectionLost, DSMQError
 from dsmq.system import process
 
+# Enough to make up for the cost of sending them.
+_CALLS_AT_ONCE = 16
+
 
 class Channel(Retryable):
     """A connection that is replaced when it breaks, and the calls to make on it, in order.
@@ -40,8 +43,9 @@ class Channel(Retryable):
         connection = self._connection
         if connection is None or connection.error is not None or connection.is_stale:
             self._connect_soon()
-        elif connection.due or self._is_scheduled:
-            # Calls made in the same iteration of the event loop are sent together.
+        elif (connection.due or self._is_scheduled) and len(self._queue) % _CALLS_AT_ONCE:
+            # Calls made in the same iteration of the event loop are sent together. If they are many, the server begins
+            # with the first ones while others are made.
             self._schedule()
         else:
             self._send()
