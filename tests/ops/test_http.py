@@ -487,11 +487,13 @@ def test_request_without_thread_gets_a_status(server: Server) -> None:
 HERE = [
     *("127.0.0.1", "127.0.0.1:30009", "192.0.2.7:80", "[::1]", "[::1]:30009", "[2001:db8::7]", "[fe80::1%25eth0]:1"),
     *("localhost", "localhost:30009", "LOCALHOST", "localhost.", "dsmq.localhost", "ip6-localhost", " 127.0.0.1 "),
+    "::1",
 ]
 ELSEWHERE = [
     *("attacker.example", "attacker.example:30009", "dsmq", "localhost.attacker.example", "127.0.0.1.attacker.example"),
     *("notlocalhost", "127.0.0.1@attacker.example", "[::1].attacker.example", "attacker.example#[::1]", "2130706433"),
-    *("0x7f.1", "[attacker.example]", "attacker.example:80:90", "", "127.0.0.1, attacker.example", "[::1"),
+    *("0x7f.1", "[attacker.example]", "attacker.example:80:90", "1:2:3.localhost", "", "[::1", "::1]"),
+    *("127.0.0.1, attacker.example", "::1.attacker.example"),
 ]
 
 
@@ -515,6 +517,17 @@ def test_unknown_host_gets_health_only(server: Server, host: str) -> None:
             assert asked_as(server, host, path, version) == 421
         for path in ("/healthz", "/readyz"):
             assert asked_as(server, host, path, version) == 200
+
+
+def test_host_of_absolute_target_takes_precedence(server: Server) -> None:
+    for target, status in [
+        ("http://127.0.0.1:30009/metrics", b"200"),
+        ("HTTP://localhost", b"200"),
+        ("http://attacker.example/metrics", b"421"),
+        ("http://attacker.example/healthz?x", b"200"),
+    ]:
+        for host in ("localhost", "attacker.example"):
+            assert raw(server, f"GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()).split()[1] == status
 
 
 def test_unknown_host_error_names_the_setting(server: Server) -> None:
@@ -651,18 +664,19 @@ def test_hanging_clients_time_out(server: Server, set_limits: SetLimits) -> None
 def test_client_that_sends_byte_by_byte_times_out(server: Server, set_limits: SetLimits) -> None:
     set_limits(request_timeout_seconds=3 * UNIT)
     with hang(server) as slow:
-        slow.sendall(b"GET /metrics HTTP/1.0\r\nX: ")
-        slow.settimeout(UNIT)
-        for _ in range(20):
-            try:
-                slow.sendall(b"x")
-                if slow.recv(1) == b"":
-                    return
-            except TimeoutError:
-                continue
-            except ConnectionError:
+        for part in (b"GET /metrics HTTP/1.0\r\nX: ", *[b"x"] * 1000):
+            slow.sendall(part)
+            with suppress(TimeoutError):
+                slow.settimeout(UNIT)
+                assert slow.recv(1000).startswith(b"HTTP/1.0 408 ")
                 return
         pytest.fail("the connection is still open")
+
+
+@pytest.mark.parametrize("part", [b"G", b"GET /metr", b"GET /healthz HTTP/1.1\r\n", b"GET / HTTP/1.0\r\nHost: x\r\n"])
+def test_incomplete_request_gets_a_status(server: Server, set_limits: SetLimits, part: bytes) -> None:
+    set_limits(request_timeout_seconds=2 * UNIT)
+    assert raw(server, part).startswith(b"HTTP/1.0 408 ")
 
 
 # Stopping

@@ -83,14 +83,17 @@ class HTTPAuthenticator:
 
         A web page whose host name resolves to this machine (DNS rebinding) can only send that name.
         """
-        match = _HOST.fullmatch(host.strip().lower())
+        host = host.strip().lower()
+        match = _HOST.fullmatch(host)
         name = match[1].removesuffix(".") if match else ""
-        return name in self.names or name in _LOOPBACK_NAMES or name.endswith(".localhost") or _is_address(name)
+        is_loopback = name in _LOOPBACK_NAMES or name.endswith(".localhost")
+        # An IPv6 address without brackets is not valid, but it is not a name either.
+        return name in self.names or is_loopback or _is_address(name.strip("[]")) or _is_address(host)
 
 
 def _is_address(name: str) -> bool:
     try:
-        ipaddress.ip_address(name.strip("[]"))
+        ipaddress.ip_address(name)
     except ValueError:
         return False
     return True

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import socket
 import threading
 import time
@@ -36,6 +37,8 @@ LINGER_SECONDS = 0.5
 LINGER_BYTES = 1_048_576
 POLL_SECONDS = 0.1
 _NO_STORE = ("Cache-Control", "no-store")
+# A request target in absolute form: its host, then its path.
+_ABSOLUTE = re.compile("https?://([^/?]*)(.*)", re.IGNORECASE)
 
 _logger = logging.getLogger(__name__)
 
@@ -53,7 +56,8 @@ class HTTPEndpoint:
         self.thread = threading.Thread(target=self._run, name="dsmq-http", daemon=True)
         self.waiting_since: dict[socket.socket, float] = {}
         """The open connections, oldest first, each with the time at which the wait for its client began: for
-        a request or for a disconnect. Infinity while a request is being answered.
+        a request or for a disconnect. Infinity while a request is being answered. Connections that were cut off are
+        removed.
         """
         self._close = close
         self._stop = threading.Event()
@@ -85,6 +89,8 @@ class HTTPEndpoint:
                 self._make_room()
                 self._serve_in_thread(sock, address)
             self._cut_off_late()
+        for sock in self._waiting_longer_than(0.0):
+            self._cut_off(sock)
 
     def _make_room(self) -> None:
         """While there are too many connections, wait for one to close, or cut off the oldest after its grace period."""
@@ -93,15 +99,20 @@ class HTTPEndpoint:
             if len(self.waiting_since) < MAX_CONCURRENT_REQUESTS or self._stop.is_set():
                 return
             if late := self._waiting_longer_than(GRACE_SECONDS):
-                self.waiting_since.pop(late[0], None)
-                _cut_off(late[0])
+                self._cut_off(late[0])
             else:
                 self._one_closed.wait(POLL_SECONDS)
                 self._cut_off_late()
 
     def _cut_off_late(self) -> None:
         for sock in self._waiting_longer_than(REQUEST_TIMEOUT_SECONDS):
-            _cut_off(sock)
+            self._cut_off(sock)
+
+    def _cut_off(self, sock: socket.socket) -> None:
+        """Stop waiting for a client. The thread that serves it reads the end of the file and replies."""
+        self.waiting_since.pop(sock, None)
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RD)
 
     def _waiting_longer_than(self, seconds: float) -> list[socket.socket]:
         latest = time.monotonic() - seconds
@@ -150,12 +161,6 @@ class HTTPEndpoint:
         self.status.own_counters.failures += 1
 
 
-def _cut_off(sock: socket.socket) -> None:
-    # The thread that serves the connection reads the end of file and closes the connection.
-    with suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
-
-
 class _Reply(NamedTuple):
     status: HTTPStatus
     content_type: str
@@ -172,8 +177,6 @@ def _json(status: HTTPStatus, value: object, *headers: tuple[str, str]) -> _Repl
 
 
 class _Handler(BaseHTTPRequestHandler):
-    # Applies to each read and to a reply as a whole.
-    timeout = REQUEST_TIMEOUT_SECONDS
     server: HTTPEndpoint  # type: ignore[assignment]
     raw_requestline: bytes
 
@@ -186,10 +189,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.command = self.requestline = ""
             self.send_error(HTTPStatus.BAD_REQUEST)
             return False
-        return super().parse_request()
+        if not super().parse_request():
+            return False
+        if absolute := _ABSOLUTE.fullmatch(self.path):
+            # Its host takes precedence over the header (RFC 9112, section 3.2.2).
+            del self.headers["Host"]
+            self.headers["Host"], self.path = absolute[1], "/" + absolute[2].removeprefix("/")
+        return True
 
     def do_GET(self) -> None:
-        self.server.waiting_since[self.connection] = math.inf
+        if self.connection in self.server.waiting_since:
+            self.server.waiting_since[self.connection] = math.inf
         try:
             reply = self._route()
         except Exception:  # noqa: BLE001 - the client gets a status in any case
@@ -274,6 +284,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(_text(HTTPStatus(code), f"{HTTPStatus(code).phrase}."))
 
     def _send(self, reply: _Reply) -> None:
+        if self.connection not in self.server.waiting_since:
+            reply = _text(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive.")
+        self.connection.settimeout(REQUEST_TIMEOUT_SECONDS)
         # If the request's version could not be parsed, http.server would omit the status line.
         self.request_version = self.protocol_version
         self.send_response(reply.status)
