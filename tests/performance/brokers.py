@@ -203,9 +203,21 @@ def on_cores(cores: set[int] | None) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+def ratios(ours: Iterable[float], theirs: Iterable[float]) -> list[float]:
+    """Return our figure divided by theirs, for each round."""
+    return [our / their for our, their in zip(ours, theirs, strict=True)]
+
+
 def median_ratio(ours: Iterable[float], theirs: Iterable[float]) -> float:
-    """Return the median, over all rounds, of our figure divided by theirs."""
-    return statistics.median(our / their for our, their in zip(ours, theirs, strict=True))
+    return statistics.median(ratios(ours, theirs))
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Return the median and, if there are several values, the first and the third quartile."""
+    if len(values) < 2:
+        return f"{values[0]:,.{digits}f}"
+    first, median, third = (f"{value:,.{digits}f}" for value in statistics.quantiles(values, n=4, method="inclusive"))
+    return f"{median} ({first} to {third})"
 
 
 def say(line: str) -> None:

@@ -1,8 +1,8 @@
 """Compare the speed of dsmq with that of its alternatives, as ratios: `python tests/performance/compare.py`.
 
 Starts every installed server on a free port and runs the same work on each through its usual Python client, in
-interleaved rounds. A figure is the median of the rounds' ratios. Servers that are not installed are skipped and named.
-README.md has the results.
+interleaved rounds. A figure is the median of the rounds' ratios, followed by their quartiles. Servers that are not
+installed are skipped and named. README.md has the results.
 
 Absolute times mean little on a shared machine; ratios measured in the same minute are stable. Placement matters too:
 `--apart` gives the servers one core and the clients the others, as on two machines.
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import brokers
 import plots
-from brokers import Broker, median_ratio, progress, say
+from brokers import Broker, progress, say, spread
 
 HERE = Path(__file__).parent
 # Operation: repetitions per round and label in the table.
@@ -185,10 +185,10 @@ def run_memory(systems: list[System]) -> Figures:
     return figures
 
 
-def ratios(figures: Figures) -> dict[str, dict[str, float]]:
-    """Return, by row and peer, the median over all rounds of dsmq's figure divided by the peer's."""
+def ratios(figures: Figures) -> Figures:
+    """Return, by row and peer, dsmq's figure divided by the peer's, one for each round."""
     return {
-        row: {name: median_ratio(by_system["dsmq"], values) for name, values in by_system.items() if name != "dsmq"}
+        row: {name: brokers.ratios(by_system["dsmq"], values) for name, values in by_system.items() if name != "dsmq"}
         for row, by_system in figures.items()
         if "dsmq" in by_system
     }
@@ -200,9 +200,9 @@ def lines(table: Table) -> list[str]:
     result = [f"| {table.unit}, {table.better} is better | dsmq | {' | '.join(peers)} |"]
     result.append("| --- |" + " ---: |" * (len(peers) + 1))
     for row, by_peer in ratios(table.figures).items():
-        ours = statistics.median(table.figures[row]["dsmq"])
-        cells = [f"{by_peer[peer]:.2f}" if peer in by_peer else "" for peer in peers]
-        result.append(f"| {row} | {ours:,.{1 if ours < 1000 else 0}f} | {' | '.join(cells)} |")
+        ours = table.figures[row]["dsmq"]
+        cells = [spread(by_peer[peer]) if peer in by_peer else "" for peer in peers]
+        result.append(f"| {row} | {spread(ours, 1 if max(ours) < 1000 else 0)} | {' | '.join(cells)} |")
     return result
 
 
@@ -211,7 +211,8 @@ def plot(tables: list[Table], title: str, path: Path) -> None:
     advantages: dict[str, dict[str, float]] = {}
     for table in tables:
         for row, by_peer in ratios(table.figures).items():
-            advantages[row] = {p: ratio if table.better == "higher" else 1 / ratio for p, ratio in by_peer.items()}
+            medians = {peer: statistics.median(values) for peer, values in by_peer.items()}
+            advantages[row] = {peer: r if table.better == "higher" else 1 / r for peer, r in medians.items()}
     rows = list(reversed(advantages))
     peers = list(dict.fromkeys(peer for by_peer in advantages.values() for peer in by_peer))
     figure, axes = plots.pyplot().subplots(figsize=(8, 0.45 * len(rows) + 1.2), layout="constrained")
@@ -274,7 +275,7 @@ def main() -> None:
     where = "servers on one core, clients on the other" if options.apart else "placed by the kernel"
     about = (
         f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {len(cores)} cores,\n{where}, "
-        f"medians of {options.rounds} rounds"
+        f"medians (and quartiles) of {options.rounds} rounds"
     )
     versions = brokers.versions(names)
     print(f"{about}\n" + ", ".join(f"{name} {version}" for name, version in versions.items()))
