@@ -36,6 +36,7 @@ OPERATIONS = {
     "large_put": (100, "put 100,000 characters"),
     "large_get": (100, "get 100,000 characters"),
     "put_many": (20000, "put_many, a message"),
+    "task_puts": (20000, "put by 100 asyncio tasks"),
     "ping_pong": (1000, "ping-pong between two processes"),
     "work": (1000, "take a job with a backlog, and finish it"),
     "work_loop": (1000, "the same in a loop, as workers do"),

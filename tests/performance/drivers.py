@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -22,6 +22,21 @@ OnJob = Callable[[], object]
 SHORT = "hello world!"
 LARGE = "x" * 100_000
 NEVER = 3600
+TASKS = 100
+
+
+async def put_in_tasks(put: Callable[[], Awaitable[object]], count: int) -> float:
+    """Return microseconds per put, with several tasks that each await one put after another."""
+
+    async def task() -> None:
+        for _ in range(count // TASKS):
+            await put()
+
+    # Connections are opened before timing.
+    await asyncio.gather(*(put() for _ in range(TASKS)))
+    before = time.perf_counter()
+    await asyncio.gather(*(task() for _ in range(TASKS)))
+    return since(before, count)
 
 
 class Dsmq:
@@ -30,6 +45,7 @@ class Dsmq:
     def __init__(self, port: int) -> None:
         from dsmq.client import connect
 
+        self.port = port
         self.mq = connect(port=port)
         if hasattr(self.mq, "take"):
             # An earlier commit has no workers.
@@ -40,6 +56,15 @@ class Dsmq:
 
     def put_many(self, topic: str, messages: list[str]) -> None:
         self.mq.put_many(topic, messages)
+
+    def task_puts(self, topic: str, count: int) -> float:
+        async def run() -> float:
+            from dsmq import aio
+
+            async with await aio.connect(port=self.port) as mq:
+                return await put_in_tasks(lambda: mq.put(topic, SHORT), count)
+
+        return asyncio.run(run())
 
     def get(self, topic: str) -> Any:
         return self.mq.get(topic)
@@ -94,6 +119,7 @@ class Redis:
     def __init__(self, port: int) -> None:
         import redis
 
+        self.port = port
         self.redis = redis.Redis(port=port, decode_responses=True, socket_timeout=None)
         self.positions: dict[str, str] = {}
         self.groups: set[str] = set()
@@ -106,6 +132,15 @@ class Redis:
         for message in messages:
             pipeline.xadd(topic, {"m": message})
         pipeline.execute()
+
+    def task_puts(self, topic: str, count: int) -> float:
+        async def run() -> float:
+            import redis.asyncio
+
+            async with redis.asyncio.Redis(port=self.port) as client:
+                return await put_in_tasks(lambda: client.xadd(topic, {"m": SHORT}), count)
+
+        return asyncio.run(run())
 
     def get(self, topic: str) -> Any:
         found: Any = self.redis.xrange(topic, "(" + self.positions.get(topic, "0-0"), "+", count=1)
@@ -308,6 +343,10 @@ class Nats:
 
         self.run(publish())
 
+    def task_puts(self, topic: str, count: int) -> float:
+        message = SHORT.encode()
+        return self.run(put_in_tasks(lambda: self.stream.publish(f"q.{topic}", message), count))
+
     def get(self, topic: str) -> Any:
         from nats.js.errors import NotFoundError
 
@@ -354,6 +393,7 @@ SYSTEMS = {
 NEEDS = {
     **dict.fromkeys(("put", "large_put", "fan_out"), "put"),
     **dict.fromkeys(("put_many", "fill"), "put_many"),
+    "task_puts": "task_puts",
     "fill_to_hold": "hold",
     "ping_pong": "wait",
     **dict.fromkeys(("work", "work_loop", "empty_work", "hand_over", "drain"), "work"),
@@ -424,7 +464,7 @@ class Measure:
     def jobs(self, topic: str) -> Iterator[Any]:
         """Iterate over jobs as a worker usually does, finishing each, until there are none."""
         if hasattr(self.client, "jobs"):
-            return self.client.jobs(topic)  # type: ignore[no-any-return]
+            return self.client.jobs(topic)
         return iter(lambda: self.client.work(topic), None)
 
     def work_loop(self, count: int) -> float:
@@ -541,6 +581,9 @@ class Measure:
         before = time.perf_counter()
         self.client.put_many(topic, messages)
         return since(before, count)
+
+    def task_puts(self, count: int) -> float:
+        return self.client.task_puts(self.topic("tasks"), count)
 
     def fill(self, count: int) -> None:
         """Put `count` messages of 100 bytes."""

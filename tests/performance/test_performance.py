@@ -76,11 +76,11 @@ def test_comparison_gives_ratios_to_redis(tmp_path: Path) -> None:
     tool("redis-server", "redis-server")
     figures = tmp_path / "figures.json"
     arguments = ["--systems", "dsmq", "redis", "--rounds", "1", "--requests", "0", "--jobs", "0"]
-    arguments += ["--operations", "put", "get"]
+    arguments += ["--operations", "put", "get", "task_puts"]
     shown = run_script("performance/compare.py", *arguments, "--json", str(figures))
     assert "| µs, lower is better | dsmq | redis |" in shown
     by_row = json.loads(figures.read_text())["figures"]["µs"]
-    assert set(by_row) == {"put", "get with a backlog"}
+    assert set(by_row) == {"put", "get with a backlog", "put by 100 asyncio tasks"}
     ratio = by_row["put"]["dsmq"][0] / by_row["put"]["redis"][0]
     assert re.search(rf"\| put \| [\d.]+ \| {ratio:.2f} \|", shown)
 
