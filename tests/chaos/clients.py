@@ -24,6 +24,8 @@ from dsmq.errors import DSMQError, Full, StoreFailed, TooBig
 HOST = "127.0.0.1"
 # Pause of a polling reader after an empty read.
 IDLE_SECONDS = 0.002
+# Once the faults have ended, every client must finish within this many seconds.
+SOON = 60.0
 TURNS_BEFORE_FORK = 20
 # How many messages an interrupted `get_latest` may skip.
 ALL = 1_000_000
@@ -219,8 +221,13 @@ class Reading:
         """Read everything left. Called once the faults have ended."""
         began = time.monotonic()
         for topic in self.job.topics:
-            while self.read(topic, "read", None) is not False:
-                pass
+            while (found := self.read(topic, "read", None)) is not False:
+                if time.monotonic() > began + SOON:
+                    # A server with a defect may fail or return messages forever.
+                    self.history.add(Died(self.name, f"still reading after {SOON:g} s"))
+                    return
+                if found is None:
+                    time.sleep(IDLE_SECONDS)
         self.history.add(replace(self.reader, finished=began))
 
     def read(self, topic: str, verb: str, chance: random.Random | None) -> bool | None:

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from chaos import others
 from chaos.checker import Violation, check
-from chaos.clients import Client, Job, Orders, Reading, StopFile, Writer, as_words
+from chaos.clients import SOON, Client, Job, Orders, Reading, StopFile, Writer, as_words
 from chaos.cluster import Cluster
 from chaos.history import INTERRUPTED, Broken, Died, Empty, Got, History, Put, Taken
 from chaos.job_checker import check_jobs
@@ -27,8 +27,6 @@ from chaos.servers import Lives
 from dsmq.client import DSMQClientSideConnection
 from helpers import wait_until
 
-# Once the faults have ended, every client must finish within this many seconds.
-SOON = 60.0
 TESTS = Path(__file__).parent.parent
 MUTANTS = Path(__file__).with_name("mutants.py")
 
