@@ -234,9 +234,9 @@ class _JobCheck:
             # Jobs may be waiting for a server or a node that does not answer.
             return
         for body, taken in self.taken[key].items():
-            put, one = self.store.puts.get(body), min(taken, key=lambda one: one.attempt)
-            if put is None or put.id is None or one.attempt > 1:
-                # Another worker had it before.
+            put, one = self.store.puts.get(body), min(taken, key=lambda one: one.attempt, default=None)
+            if put is None or put.id is None or one is None or one.attempt > 1:
+                # Nobody got it, or another worker had it before.
                 continue
             for empty in empties:
                 # It ends early if the server is stopped.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 from dsmq.broker.jobs import PendingTake, TakeQueues
 from dsmq.store import groups
@@ -15,6 +15,7 @@ from dsmq.store.nats_group_facts import GroupFacts
 from dsmq.store.nats_group_plan import Refused, SharedGroup
 from dsmq.store.schema import Batch
 
+Mutant: TypeAlias = Callable[[], None]
 # Probability of random defects.
 RATIO = 0.05
 
@@ -60,7 +61,7 @@ def repeats_attempts() -> None:
     """An attempt is not counted."""
 
     def give(group: Group, job: HeldJob, *about: Any) -> None:
-        job.attempt -= job.attempt > 0 and random.random() < RATIO
+        job.attempt -= job.attempt > 0
         _give(group, job, *about)
 
     Group.give = give  # type: ignore[method-assign]
@@ -167,27 +168,27 @@ def ignores_versions() -> None:
     SharedGroup.unfit = exists  # type: ignore[method-assign]
 
 
-SHARED_JOB_MUTANTS = {
-    answers_refused_plans: "shared_workers",
-    ignores_versions: "shared_workers",
-    accepts_any_attempt: "shared_workers",
-    loses_returned_jobs: "shared_workers",
-    ends_leases_early: "shared_workers",
-    ignores_tokens: "workers_move",
+SHARED_JOB_MUTANTS: dict[Mutant, tuple[str, str]] = {
+    answers_refused_plans: ("shared_workers", "two at once"),
+    ignores_versions: ("shared_workers", "two at once"),
+    accepts_any_attempt: ("shared_workers", "done late"),
+    loses_returned_jobs: ("shared_workers", "not done"),
+    ends_leases_early: ("shared_workers", "two at once"),
+    ignores_tokens: ("shared_workers_reset", "attempt"),
 }
-JOB_MUTANTS = {
-    keeps_leases: "workers",
-    ends_leases_early: "workers",
-    loses_returned_jobs: "workers",
-    accepts_any_attempt: "workers",
-    repeats_attempts: "workers",
-    skips_jobs: "workers",
-    wakes_nobody: "workers",
-    gives_done_jobs: "workers",
-    shares_groups: "workers",
-    ignores_tokens: "workers_every_byte",
-    forgets_done_jobs: "workers_every_byte",
-    forgets_held_jobs: "workers_and_restarts",
-    forgets_positions: "workers_and_restarts",
-    never_fails: "workers_that_fail",
+JOB_MUTANTS: dict[Mutant, tuple[str, str]] = {
+    keeps_leases: ("workers", "not done"),
+    ends_leases_early: ("workers", "two at once"),
+    loses_returned_jobs: ("workers", "not done"),
+    accepts_any_attempt: ("workers", "done late"),
+    repeats_attempts: ("workers", "two at once"),
+    skips_jobs: ("workers", "not done"),
+    wakes_nobody: ("workers", "left lying"),
+    gives_done_jobs: ("workers", "given after done"),
+    shares_groups: ("workers", "not done"),
+    ignores_tokens: ("workers_every_byte", "attempt"),
+    forgets_done_jobs: ("workers_every_byte", "lost early"),
+    forgets_held_jobs: ("workers_and_restarts", "not done"),
+    forgets_positions: ("workers_and_restarts", "given after done"),
+    never_fails: ("workers_that_fail", "failed late"),
 }

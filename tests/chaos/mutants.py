@@ -11,7 +11,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parent.parent)
 
-from chaos.job_mutants import JOB_MUTANTS, SHARED_JOB_MUTANTS, leases_end_soon
+from chaos.job_mutants import JOB_MUTANTS, SHARED_JOB_MUTANTS, Mutant, leases_end_soon
 from dsmq.__main__ import main
 from dsmq.store.api import Message, Put
 from dsmq.store.sqlite import SQLiteStore
@@ -55,8 +55,8 @@ def reuses_ids() -> None:
 
 
 def _change_reads(change: Any) -> None:
-    def read(store: SQLiteStore, topic: bytes, after: int, count: int, max_bytes: int) -> list[Message]:
-        found = _read(store, topic, after, count, max_bytes)
+    def read(store: SQLiteStore, topic: bytes, after: int, *limits: int) -> list[Message]:
+        found = _read(store, topic, after, *limits)
         return list(change(store, topic, after, found)) if found and random.random() < RATIO else found
 
     SQLiteStore.read = read  # type: ignore[method-assign]
@@ -110,8 +110,9 @@ def renames_retries() -> None:
 
     encode = nats_puts._Publish.encode
 
-    def encode_anew(message: Any, *others: Any) -> bytes:
-        return encode(message._replace(message_id=b"%b-%d" % (message.message_id, random.getrandbits(60))), *others)
+    def encode_anew(message: Any, *others: Any, is_sent: bool) -> bytes:
+        another = message._replace(message_id=b"%b-%d" % (message.message_id, random.getrandbits(60)))
+        return encode(another, *others, is_sent=is_sent)
 
     nats_puts._Publish.encode = encode_anew  # type: ignore[method-assign,assignment]
 
@@ -143,23 +144,23 @@ def answers_early() -> None:
     nats_puts.Publisher._outcomes = guess  # type: ignore[method-assign,assignment]
 
 
-# Defects and the scenario that must find each.
-SHARED_MUTANTS = {
-    renames_retries: "moves",
-    mirrors_forget_keys: "forgetful_engine",
-    reads_stale_mirrors: "shared_calm",
-    trusts_any_leader: "stale_leader",
-    answers_early: "leader_killed",
+# Defects, the scenario that must find each, and the kind of violation that it causes.
+SHARED_MUTANTS: dict[Mutant, tuple[str, str]] = {
+    renames_retries: ("moves", "stored twice"),
+    mirrors_forget_keys: ("forgetful_engine", "stored twice"),
+    reads_stale_mirrors: ("shared_calm", "wrong empty"),
+    trusts_any_leader: ("stale_leader", "wrong empty"),
+    answers_early: ("leader_killed", "lost"),
     **SHARED_JOB_MUTANTS,
 }
-MUTANTS = {
-    forgets_keys: "resets",
-    loses_puts: "calm",
-    reuses_ids: "kills_with_snapshot",
-    skips: "calm",
-    swaps: "calm",
-    repeats: "calm",
-    renames: "calm",
+MUTANTS: dict[Mutant, tuple[str, str]] = {
+    forgets_keys: ("resets", "stored twice"),
+    loses_puts: ("calm", "unread"),
+    reuses_ids: ("kills_with_snapshot", "id reused"),
+    skips: ("calm", "unread"),
+    swaps: ("calm", "order of reads"),
+    repeats: ("calm", "read twice"),
+    renames: ("calm", "id reused"),
     **JOB_MUTANTS,
 }
 

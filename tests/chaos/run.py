@@ -7,7 +7,6 @@ import itertools
 import logging
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from attacks.rig import progress
@@ -15,7 +14,7 @@ from chaos import figures
 from chaos.checker import summary
 from chaos.cluster_scenarios import SHARED_SCENARIOS
 from chaos.job_scenarios import JOB_SCENARIOS
-from chaos.mutants import MUTANTS, SHARED_MUTANTS
+from chaos.mutants import MUTANTS, SHARED_MUTANTS, Mutant
 from chaos.scenarios import SCENARIOS
 from chaos.shared_job_scenarios import SHARED_JOB_SCENARIOS
 from chaos.stage import NotHere, Outcome, Stage
@@ -33,14 +32,15 @@ def play(name: str, seed: int, *, quick: bool = False, keep: Path | None = None,
     return stage.outcome(keep)
 
 
-def hunt(mutants: dict[Callable[[], None], str], seed: int, keep: Path | None) -> bool:
-    """Run servers with defects; return whether each was found."""
-    found = True
-    for mutant, name in mutants.items():
-        outcome = play(name, seed, keep=keep, mutant=mutant.__name__)
-        found = found and bool(outcome.violations)
-        print(f"{mutant.__name__}, by {name}: {summary(outcome.violations)}", flush=True)
-    return found
+def hunt(mutants: dict[Mutant, tuple[str, str]], seed: int, keep: Path | None) -> bool:
+    """Run servers with defects; return whether each was found by the kind of violation that it causes."""
+    missed = 0
+    for mutant, (name, kind) in mutants.items():
+        violations = play(name, seed, keep=keep, mutant=mutant.__name__).violations
+        is_found = any(violation.kind == kind for violation in violations)
+        missed += not is_found
+        print(f"{mutant.__name__}, by {name}: {'' if is_found else 'NOT FOUND: '}{summary(violations)}", flush=True)
+    return not missed
 
 
 def show(outcome: Outcome) -> str:

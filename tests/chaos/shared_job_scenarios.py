@@ -121,6 +121,14 @@ def workers_move(stage: Stage) -> None:
         break_connections(stage, proxies, cluster.ports, (6, 2))
 
 
+def shared_workers_reset(stage: Stage) -> None:
+    """Workers' connections are reset at random bytes, and they repeat their requests at the same server."""
+    cluster = stage.cluster()
+    proxy = stage.proxy(cluster.ports[0])
+    with sharing(stage, cluster, proxy.port, are_faulty=False):
+        break_connections(stage, [proxy], cluster.ports[:1], (6, 2))
+
+
 def shared_workers_that_fail(stage: Stage) -> None:
     """Jobs that are given too often go to the topic for failed jobs, while servers are killed."""
     cluster = stage.cluster(max_attempts=MAX_ATTEMPTS)
@@ -140,6 +148,6 @@ SHARED_JOB_SCENARIOS: dict[str, Callable[[Stage], None]] = {
     for run in (
         *(shared_workers, workers_and_servers_killed, workers_and_servers_restarted, workers_and_leaders_killed),
         *(workers_and_nodes_frozen, workers_and_servers_frozen, workers_and_servers_cut_off),
-        *(workers_and_partitions, workers_move, shared_workers_that_fail),
+        *(workers_and_partitions, workers_move, shared_workers_reset, shared_workers_that_fail),
     )
 }

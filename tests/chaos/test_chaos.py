@@ -8,6 +8,7 @@ import pytest
 
 from chaos import run
 from chaos.job_scenarios import JOB_SCENARIOS
+from chaos.mutants import MUTANTS
 from chaos.scenarios import SCENARIOS
 from chaos.stage import NotHere
 
@@ -32,3 +33,11 @@ def test_no_promise_breaks(name: str) -> None:
     assert outcome.returned
     assert outcome.read
     assert not outcome.violations, run.show(outcome)
+
+
+@pytest.mark.parametrize("name", ["loses_puts", "skips", "swaps"])
+def test_defect_is_found(name: str) -> None:
+    """The others are left to `tests/chaos --mutants`."""
+    mutant, (scenario, kind) = next(found for found in MUTANTS.items() if found[0].__name__ == name)
+    outcome = run.play(scenario, SEED, mutant=mutant.__name__)
+    assert kind in {violation.kind for violation in outcome.violations}
