@@ -72,8 +72,8 @@ def connect(  # noqa: PLR0913 - listed one by one for help() and editors
     connection is made to the first reachable one, and the client has a separate position at each.
 
     timeout: the connection counts as lost if no part of an expected reply arrives for this many seconds, plus the time
-    that a call asks the server to wait. All addresses of a host name are tried, a new one every 0.25 s. If nothing
-    answers, or connections are closed immediately, the server may still be starting: unless retry=False, `connect`
+    that a call asks the server to wait. All addresses of a host name are tried, a new one every 0.25 s. If nothing is
+    listening, or connections are closed immediately, the server may still be starting: unless retry=False, `connect`
     tries again for about ten seconds. verbose logs this to stderr.
 
     A connection that breaks later is replaced, and calls continue: nothing is read twice or skipped, and no put is

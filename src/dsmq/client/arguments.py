@@ -51,9 +51,9 @@ def flag(name: str, value: object) -> bool:
 
 
 def form(*, text: bool, raw: bool) -> bool | None:
-    """Return which form messages should have: bytes (True), str (False), or Messages (None)."""
+    """Return the form that messages should have: bytes (True), str (False), or Message (None)."""
     if text and raw:
-        raise ValueError("text=True and raw=True exclude each other")
+        raise ValueError("text=True and raw=True are mutually exclusive")
     return raw if text or raw else None
 
 

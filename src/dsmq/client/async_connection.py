@@ -26,7 +26,7 @@ from dsmq.wire.resp import Reply, ReplyParser
 
 # Max unanswered requests on a connection, because a server remembers only this many puts of a producer.
 _MAX_UNANSWERED = 2 * PUTS_AT_ONCE
-# Sending more than this at once may take longer than the timeout of a reply.
+# Sending more than this at once may take longer than the reply timeout.
 _LONG_BYTES = 16_384
 _FIRST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.001, 0.02
 

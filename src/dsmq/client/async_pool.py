@@ -14,7 +14,7 @@ from dsmq.client.session import State
 from dsmq.errors import ClientClosed, ConnectionLost, DSMQError
 from dsmq.system import process
 
-# Enough to make up for the cost of sending them.
+# Queued calls are sent in groups of this size, which is enough to make up for the cost of a send.
 _CALLS_AT_ONCE = 16
 
 
@@ -44,8 +44,8 @@ class Channel(Retryable):
         if connection is None or connection.error is not None or connection.is_stale:
             self._connect_soon()
         elif (connection.due or self._is_scheduled) and len(self._queue) % _CALLS_AT_ONCE:
-            # Calls made in the same iteration of the event loop are sent together. If they are many, the server begins
-            # with the first ones while others are made.
+            # Calls made in the same iteration of the event loop are sent together. If there are many, the server starts
+            # on the first ones while others are still being made.
             self._schedule()
         else:
             self._send()

@@ -247,7 +247,7 @@ class Client:
 
     @property
     def max_message_bytes(self) -> int:
-        """The length of the longest message that the server accepted when this client connected."""
+        """The max length of a message, as set on the server when this client connected."""
         return self._session.max_message_bytes
 
     @property

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # A job taken in advance gets a new lease if less than this share of its lease is left when its turn comes.
 _FRESH = 0.9
-# If there are more jobs than this, those whose lease has ended are forgotten; the most tokens kept.
+# If there are more jobs than this, those whose lease has ended are forgotten. Also how many tokens are kept.
 _MANY_JOBS = 1000
 
 _FIELDS = bytes, int, int, int, bytes, int, int
@@ -40,7 +40,7 @@ Receipt: TypeAlias = tuple[str, str, int, int, str]
 
 
 class Job(Message):
-    """A message to work on, until it is done, given back, or its lease ends.
+    """A message to work on until it is done or given back, or its lease ends.
 
     `with job:` (`async with` in asyncio) finishes it at the end of the block, or gives it back if the block raises,
     unless the block has done either itself. A pickled job can be passed to `done`, `give_back` and `extend` in another

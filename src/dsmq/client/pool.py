@@ -72,7 +72,7 @@ class Pool:
                     self.idle.pop(0).close()
 
     def discard(self, connection: Connection | None, error: BaseException) -> None:
-        """Close a connection on which a call failed, because the next call must not receive its replies."""
+        """Close a connection on which a call failed: the next call must not receive the failed call's replies."""
         if connection is not None:
             connection.close()
         if is_lost(error, connecting=connection is None):

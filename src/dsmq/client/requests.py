@@ -409,7 +409,7 @@ class PutMany(Retryable):
                 is_late = time.monotonic() - began > _LONG_BATCH_SECONDS
                 if is_late or len(batch) == PUTS_AT_ONCE or size >= BYTES_AT_ONCE:
                     break
-        except Exception as error:  # noqa: BLE001 - raised when the messages before it are stored
+        except Exception as error:  # noqa: BLE001 - raised once the messages before it are stored
             self._error = error
         return batch
 

@@ -332,7 +332,7 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
         one.counts = without_numbers(counts)
         one.ask = one.ask and counts is None
     if counts and era.epoch == stretch.era.epoch:
-        # The server still has the last messages of these topics, or has had them expire, so their numbers continue.
+        # The server still has the last messages of these topics, or they have expired, so their numbers continue.
         parts[0].counts = {
             topic: count._replace(number=-1) if era.lost(count.id) else count for topic, count in counts.items()
         }
