@@ -177,7 +177,7 @@ class Connection:
         else:
             self.state = OPEN
             if budget is self.requests.budget:
-                # Its time limit starts only now.
+                # The request's time limit starts only now.
                 self.requests.incomplete_since = math.inf
             self.requests.run()
 

@@ -179,7 +179,7 @@ class EventLoop:
             self.close()
 
     def close(self) -> None:
-        """Close everything. Called in the loop's thread, or in another if that never started."""
+        """Close everything. Called in the loop's thread, or in another one if that thread never started."""
         for connection in list(self.connections):
             connection.close("the server has stopped")
         self._close_poller()

@@ -125,7 +125,7 @@ class PendingTake(PendingRead):
             # Before its turn, it gets only jobs that an earlier request with its token was given.
             request = request._replace(max_jobs=0)
         if self.wait_ms and (self.registered or not request.token):
-            # At first, the mirror may lack the jobs of an earlier request with the same token.
+            # Not on the first try with a token: the mirror may lack the jobs of an earlier request with the same token.
             request = request._replace(is_waiting=True)
         self.leased_until = time.monotonic() + request.lease_ms / 1000
         self.groups = store.groups
@@ -141,7 +141,7 @@ class PendingTake(PendingRead):
         self.is_asked = False
         if not (isinstance(error, Full) and self.wait_ms):
             raise error
-        # DONE or a change of the limits wakes it.
+        # DONE wakes it. It also tries again after a while, because the limits may have been changed.
         self.is_refused = True
         return []
 

@@ -50,7 +50,7 @@ def parse_put(client: Connection, request: list[bytes]) -> Put:
     topic, body = request[1], request[2]
     settings = client.context.settings
     if len(body) > settings.max_message_bytes:
-        # The parser itself rejects lengths of 1,024 or more, before the message has arrived.
+        # The parser has already checked lengths of 1,024 or more, before the message arrived.
         raise TooBig(f"a message may have at most {settings.max_message_bytes} bytes, not {len(body)}")
     if not (0 < len(topic) <= settings.max_topic_bytes and topic.isascii()) or ASTERISK in topic:
         # Most topics skip this call, which takes as long as all other checks together.

@@ -9,8 +9,8 @@ NATS_PORT = 4222
 UNIX = "unix:"
 """The prefix of a Unix socket's path."""
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
-# Found only in what is neither an address nor a host name, such as a URL: characters that these never contain, empty
-# labels, and labels that are too long.
+# Matches text that can't be an address or a host name, such as a URL: it has invalid characters, or a label that is
+# empty or too long.
 _NOT_IN_HOST = re.compile(r"[\s\x00-\x1f\x7f\ud800-\udfff,/@]|\.\.|[^.]{64}")
 
 
