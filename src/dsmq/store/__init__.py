@@ -1,1 +1,1 @@
-"""The store: messages in an in-memory SQLite database, with snapshots on disk."""
+"""The stores of messages: in memory (SQLite), with snapshots on disk, or shared by several servers (NATS)."""

@@ -207,7 +207,7 @@ MEMORY = "memory"
 
 
 class Store(Protocol):
-    """The server's interface to a store. A remote store answers puts and reads with futures, and puts in order."""
+    """The server's interface to a store. A remote store answers puts, in order, and reads with futures."""
 
     max_age_ms: int
     limits: Limits
@@ -243,7 +243,7 @@ class Store(Protocol):
     def append(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
         """Store messages in order; return an outcome for each. Raises Full, Forgotten or StoreFailed if none is stored.
 
-        A store that answers immediately stores all or none. Its ids increase.
+        A store that answers immediately stores all or none, with increasing ids.
         """
 
     def append_together(self, puts: Sequence[Put], watched: Watched | None = None) -> Answer[list[Outcome]]:

@@ -136,7 +136,7 @@ class Group:
         return self._due[0][0] if self._due else None
 
     def restore(self, job: HeldJob) -> None:
-        """Add a job from a snapshot."""
+        """Add a job from a saved state."""
         self.jobs[job.id] = job
         self.in_flight += job.is_in_flight
         self._remember_token(job)

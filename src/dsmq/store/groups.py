@@ -72,7 +72,7 @@ class Take(NamedTuple):
     worker: str
     """A name for status pages."""
     is_waiting: bool = False
-    """Whether the request is repeated when there may be jobs, so that a shared store may miss some at first."""
+    """Whether the request will be repeated when there may be jobs, so a shared store may miss some at first."""
 
 
 class Job(NamedTuple):

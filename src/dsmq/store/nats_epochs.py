@@ -1,8 +1,8 @@
-"""The epochs of a stream: which one it has, and how to store a message in no other one.
+"""The epoch of a stream, and how to store a message only if the stream still has it.
 
-The first message of a stream names its epoch. A deleted stream that is created again gets another one, of which a
-server learns only later. So a stream also contains a mark, a message with the epoch in its subject. Puts that may
-already be stored are repeated on condition that it is there.
+The first message of a stream names its epoch. If a stream is deleted and created again, it gets another epoch, and
+servers learn of that only later. So a stream also contains a mark, a message with the epoch in its subject. Puts that
+may already be stored are repeated on condition that the mark is there.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Max bytes of a part, unless the engine accepts less.
 _PART_BYTES = 262_144
-# Max finished jobs in a row, and max attempts to read the parts, which may just have been replaced.
+# Max finished jobs per row, and max attempts to read the parts, which may just have been replaced.
 _ROW_JOBS, _READS = 200, 3
 
 _logger = logging.getLogger(__name__)

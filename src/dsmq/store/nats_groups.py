@@ -222,9 +222,9 @@ class NATSGroups(GroupFacts, Groups):
         return False
 
     def _refuse(self, key: Key, asked: _Asked, error: ReplyError | None) -> None:
-        """Answer without jobs or with an error. If the mirror may lag, try again first."""
-        may_lag = asked.request.is_waiting and not isinstance(error, StoreFailed)
-        if not (asked.is_fresh or may_lag):
+        """Answer without jobs or with an error. First try again with a fresh mirror, unless a stale answer will do."""
+        may_be_stale = asked.request.is_waiting and not isinstance(error, StoreFailed)
+        if not (asked.is_fresh or may_be_stale):
             asked.is_fresh = True
             self._engine.when_fresh(partial(self._go_on, key, asked))
         elif error is None:

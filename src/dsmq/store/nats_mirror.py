@@ -36,7 +36,8 @@ CHECK_SECONDS = 1.0
 RECOVERY_SECONDS = 5.0
 RETRY_SECONDS = 0.25
 CLOSE_SECONDS = 2.0
-# How long to wait for a new consumer, at first and later. The engine may place it on a node that has just died.
+# How long to wait for a new consumer: in the first attempt after a consumer was lost, because the engine may place the
+# new one on a node that has just died, and otherwise.
 FIRST_CREATE_SECONDS, CREATE_SECONDS = 0.5, 1.0
 # Messages count as lost once this many checks in a row find the stream behind the mirror; one answer may be stale.
 MAX_BEHIND = 3

@@ -45,7 +45,7 @@ class _Publish(NamedTuple):
     subject: bytes
     message_id: bytes
     put: Put
-    """If it had no key, with one of the publisher's own."""
+    """The put; if it had no key, it has one of the publisher's own."""
     only_in_epoch: list[tuple[bytes, bytes]]
     """Headers with which the engine stores it only if the stream still has the epoch of the first attempt.
 
@@ -118,7 +118,7 @@ class Publisher:
         # What is being published now.
         self._appends: list[_Append] = []
         self._began = 0.0
-        # A batch whose first attempt had no outcome, and the engine's answer; or an unexpected exception.
+        # Batches whose first attempt had no outcome, each with the engine's answer; or an unexpected exception.
         self._failed: asyncio.Queue[tuple[_Batch, Ack | None] | Exception] = asyncio.Queue()
         # The ids of puts without a key.
         self._own = f"s.{secrets.token_hex(8)}".encode()

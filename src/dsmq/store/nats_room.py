@@ -7,7 +7,8 @@ from collections import deque
 
 # The part of a stream's room that is kept for facts.
 KEPT_SHARE, MAX_KEPT_BYTES = 0.1, 67_108_864
-# How much of that is left by puts, by facts that give jobs, and by other facts: jobs that were given can be finished.
+# The share of that which puts, facts that give jobs, and other facts leave free, so that jobs already given can be
+# finished.
 PUTS_LEAVE, JOBS_LEAVE, FACTS_LEAVE = 1.0, 0.5, 0.0
 # The size of a message in a batch without its subject, id and body: the engine's record, and the headers.
 MESSAGE_BYTES = 130

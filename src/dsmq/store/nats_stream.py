@@ -5,7 +5,7 @@ Subjects, if the stream is called `dsmq`:
     dsmq.t.<topic>      a message; the topic is percent-encoded
     dsmq.genesis        the epoch: the first message of a stream, which never expires
     dsmq.facts.epoch-<epoch>
-                        the mark of an epoch, which never expires: puts that may be stored are repeated only where it is
+                        the mark of an epoch, which never expires: puts that may be stored are repeated only with it
     dsmq.facts.<part>   the numbers of the topics' last messages as of an id, for servers that start later
     dsmq.facts.purge    names and patterns of topics: mirrors delete all messages before this one
     dsmq.facts.jobs     changes to groups of workers, which mirrors make only if they still apply
@@ -241,9 +241,9 @@ class Stream:
     async def _info(self) -> dict[str, Any]:
         """Return the stream's state and configuration.
 
-        An isolated leader believes for up to 20 s that it still leads. So its answer is not enough: it includes the
-        time since its last contact with each of the others. None of them can have become the leader within 4 s after
-        that.
+        An isolated leader believes for up to 20 s that it still leads, so its answer alone proves nothing. But the
+        answer includes the time since its last contact with each of the others, and none of them can have become the
+        leader within 4 s after that.
         """
         asked = boot_time()
         info = await self._request(f"STREAM.INFO.{self.name}")

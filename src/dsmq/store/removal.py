@@ -1,7 +1,7 @@
 """Deletes messages that have expired and messages that a topic drops to make room for newer ones.
 
-If no rule sets an age, the first rows are the expired ones. Otherwise, a queue orders topics by when their oldest
-message expires or by an earlier time if that message has been dropped since.
+If no rule sets an age, expired rows come first. Otherwise, a queue orders topics by the time at which their oldest
+message expires, or by an earlier time if that message has been dropped since.
 
 A dropped message may share a row with others or may still have to be copied for a snapshot. So a topic remembers its
 last dropped id, readers skip messages up to that id, and a row is deleted once all of its messages are dropped.
