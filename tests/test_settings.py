@@ -403,9 +403,9 @@ def test_snapshot_interval_is_zero_or_at_least_a_second(seconds: float) -> None:
 @pytest.mark.parametrize(
     ("token", "expected"),
     [
-        (TOKEN + " two", "should be a token: ASCII, without blanks"),
-        (" " + TOKEN, "should be a token: ASCII, without blanks"),
-        (TOKEN + "ż", "should be a token: ASCII, without blanks"),
+        (TOKEN + " two", "should be a token: ASCII, without spaces"),
+        (" " + TOKEN, "should be a token: ASCII, without spaces"),
+        (TOKEN + "ż", "should be a token: ASCII, without spaces"),
         ("*" * 20, "should be the token itself, not its mask"),
         ("x" * 2049, "should have at most 2048 characters"),
     ],

@@ -20,11 +20,11 @@ class DSMQError(Exception):
 
 
 class ConfigError(DSMQError, ValueError):
-    """A setting is unknown or out of bounds, or the configuration file can't be read."""
+    """A setting is unknown or invalid, or a file of settings, tokens or certificates can't be used."""
 
 
 class StartupError(DSMQError):
-    """The server could not start: its address is in use or not allowed, or its snapshot can't be read or written."""
+    """The server could not start: for example, its address is in use, or its snapshot can't be read or written."""
 
 
 class ServerFailed(DSMQError):
@@ -92,7 +92,7 @@ class UnknownVersion(ReplyError, code="NOPROTO"):
 
 
 class Full(ReplyError, code="FULL"):
-    """A storage limit is reached; the message was not stored."""
+    """A limit on messages or on jobs is reached. A put was not stored; a worker got no job."""
 
 
 class Forgotten(ReplyError, code="FORGOTTEN"):
@@ -112,7 +112,7 @@ class StoreFailed(ReplyError, code="STORE"):
 
 
 class Unsure(ReplyError, code="UNSURE"):
-    """It is unknown whether the message was stored. Clients put it again, with AGAIN."""
+    """It is unknown whether the message was stored or the change was made. Clients repeat a put with AGAIN."""
 
 
 class JobLost(ReplyError, code="JOBLOST"):
@@ -120,7 +120,7 @@ class JobLost(ReplyError, code="JOBLOST"):
 
 
 class Busy(ReplyError, code="BUSY"):
-    """The limit on connections or waiting readers is reached."""
+    """A limit on connections, waiting readers or their patterns is reached."""
 
 
 class ShuttingDown(ReplyError, code="CLOSING"):

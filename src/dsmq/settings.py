@@ -79,7 +79,7 @@ class Settings(BaseSettings):
     """Address of the HTTP endpoint, which serves the status page, /metrics, /healthz and /readyz."""
     http_token: Token = SecretStr("")
     """Bearer token required for /metrics and for the status page's data. Without it, the page shows messages only if
-    clients need no token either, and the endpoint is on loopback.
+    clients need neither token nor certificate, and the endpoint is on loopback.
     """
     http_token_file: str = ""
     """File that contains the bearer token, instead of http_token."""
@@ -98,7 +98,7 @@ class Settings(BaseSettings):
     """How often expired messages are deleted. A shorter interval frees memory sooner."""
     store: StoreServers = ""
     """Servers of a NATS cluster in which this and other dsmq servers store their messages: nats://HOST:PORT,HOST:PORT,
-    or tls:// instead. Empty: this server keeps messages in memory.
+    or tls:// instead. Empty: messages are in this server's memory only.
     """
     store_stream: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")] = "dsmq"
     """The stream that stores the messages, created if it does not exist. Up to 64 letters, digits, _ and -."""
@@ -125,7 +125,7 @@ class Settings(BaseSettings):
     max_topics: Count = 1_000_000
     """Max topics with stored messages. Each takes about 600 bytes plus its name."""
     max_stored_messages: Count = 10_000_000
-    """Max stored messages. At the limit, puts are refused until messages expire."""
+    """Max stored messages. At the limit, puts are refused until messages expire (but see when_full)."""
     max_stored_bytes: Bytes = 1_073_741_824
     """Max bytes of stored messages and topic names, plus 100 per message and 500 per topic. Messages of 1 to 7 KB may
     count up to 60 % more, because they leave part of their memory pages unused. Allow 1.3 times as much memory."""

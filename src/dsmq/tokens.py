@@ -13,7 +13,7 @@ TOO_SHORT = (
 def check_token(token: str) -> str:
     """Return the token if it meets the requirements. Raises ValueError."""
     if token.split() != [token] or not token.isascii():
-        raise ValueError("should be a token: ASCII, without blanks")
+        raise ValueError("should be a token: ASCII, without spaces")
     if not token.strip("*"):
         raise ValueError("should be the token itself, not its mask")
     if len(token) < MIN_TOKEN_CHARACTERS:

@@ -81,9 +81,9 @@ class HTTPEndpoint:
             try:
                 sock, address = self.socket.accept()
             except TimeoutError:
-                pass  # No connection for POLL_SECONDS. Cut off late clients and check whether to stop.
+                pass  # No connection for a while: just cut off late clients and check whether to stop.
             except OSError:
-                # If no file descriptors are left, accepting again immediately would fail, too.
+                # `stop` has closed the socket, or no file descriptors are left, so an immediate retry would fail, too.
                 self._stop.wait(listening.ACCEPT_PAUSE_SECONDS)
             else:
                 self._make_room()
