@@ -63,6 +63,10 @@ def timeout(text: str) -> float:
     return _number(float, text, 1e-3, math.inf, "a number of seconds above 0")
 
 
+def interval(text: str) -> float:
+    return _number(float, text, 1e-3, 86_400, "a number of seconds from 0.001 to 86400")
+
+
 def count(text: str) -> int:
     return _number(int, text, 1, math.inf, "a whole number of at least 1")
 

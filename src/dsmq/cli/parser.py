@@ -20,6 +20,7 @@ from dsmq.cli.arguments import (
     duration,
     file,
     group,
+    interval,
     lease,
     port,
     position,
@@ -84,7 +85,7 @@ def _add_options(command: str, parser: Parser) -> None:
     if command in ("topics", "stats"):
         add("--json", action="store_true", help="print JSON")
     if command == "watch":
-        add("--interval", type=timeout, metavar="S", default=2.0, help="seconds between updates; default: 2")
+        add("--interval", type=interval, metavar="S", default=2.0, help="seconds between updates; default: 2")
     if command == "ping":
         add("--timeout", type=timeout, metavar="S", default=3.0, help="seconds to wait for the reply; default: 3")
     if command == "bench":
