@@ -57,6 +57,8 @@ def _parse_size(value: object) -> object:
     """Convert text such as 2GB or 1.5 MiB to a number of bytes; return anything else unchanged."""
     found = _SIZE_TEXT.fullmatch(value) if isinstance(value, str) else None
     if found is None:
+        if isinstance(value, str) and any(map(str.isalpha, value)):
+            raise ValueError("should be a number of bytes, or a size such as 2GB or 512MiB")
         return value
     size = Fraction(found[1]) * _UNITS[found[2].lower()]
     if size.denominator > 1:
@@ -75,7 +77,7 @@ _UNITS = {"b": 1} | {
     for power, prefix in enumerate("kmgt", 1)
     for unit, base in (("b", 1000), ("ib", 1024))
 }
-_SIZE_TEXT = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?i?B)\s*", re.IGNORECASE | re.ASCII)
+_SIZE_TEXT = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*((?:[KMGT]i?)?B)\s*", re.IGNORECASE | re.ASCII)
 Size = BeforeValidator(_parse_size)
 
 Host = Annotated[str, _parses(parse_endpoint)]
