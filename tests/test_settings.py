@@ -595,7 +595,10 @@ def test_variable_for_topics_is_refused(setenv: SetEnv) -> None:
         ("pattern = 3", "topic 1: pattern: should be text, not 3"),
         ("pattern = 'a'\nmax_messages = 0", "topic 1: max_messages: should be greater than or equal to 1, not 0"),
         ("pattern = 'a'\nmax_messages = true", "topic 1: max_messages: should not be true or false"),
-        ("pattern = 'a'\nmax_bytes = '1 XB'", "topic 1: max_bytes: should be a whole number, not '1 XB'"),
+        (
+            "pattern = 'a'\nmax_bytes = '1 XB'",
+            "topic 1: max_bytes: should be a number of bytes, or a size such as 2GB or 512MiB, not '1 XB'",
+        ),
         ("pattern = 'a'\nwhen_full = 'drop'", "topic 1: when_full: should be 'refuse' or 'drop_oldest', not 'drop'"),
     ],
 )

@@ -148,7 +148,7 @@ def answers_early() -> None:
 SHARED_MUTANTS: dict[Mutant, tuple[str, str]] = {
     renames_retries: ("moves", "stored twice"),
     mirrors_forget_keys: ("forgetful_engine", "stored twice"),
-    reads_stale_mirrors: ("shared_calm", "wrong empty"),
+    reads_stale_mirrors: ("stale_leader", "wrong empty"),
     trusts_any_leader: ("stale_leader", "wrong empty"),
     answers_early: ("leader_killed", "lost"),
     **SHARED_JOB_MUTANTS,
