@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dsmq.settings import Settings
 
 # Max uncounted bytes of each kind per connection, so that short requests and replies still get through when the total
-# is used up. With 10,000 connections, these bytes add up to 40 MB.
+# is used up. With 10,000 connections, these bytes add up to 40 MB of each kind.
 FREE_BYTES = 4096
 # Claims up to this size may overtake larger ones, so that a few long messages do not delay everything else.
 SHORT_BYTES = 262_144

@@ -7,7 +7,7 @@ MANY_NAMES = b"MREAD"
 MAX_LINE_BYTES = 65_536
 # Max size of a request without its message: names, options, topic and framing.
 REQUEST_OVERHEAD_BYTES = 65_536
-# Max messages, and max bytes of their bodies, in the reply to a READ that does not ask for fewer.
+# The number of messages in the reply to a READ, by default and at most, and the bytes of bodies after which it ends.
 DEFAULT_COUNT, MAX_COUNT = 100, 1_000
 MAX_READ_BYTES = 262_144
 MAX_INTEGER = 2**63 - 1
