@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import struct
@@ -291,6 +292,7 @@ def test_shell_completes_command(shell_environment: dict[str, str], shell: list[
             os.write(master, f"{begin}\necho rea''dy\n".encode())
             for text, then in ((b"ready", b"dsmq sto\t"), (b"dsmq stop ", b"")):
                 while text not in shown:
+                    assert select.select([master], [], [], SOON)[0], shown
                     shown += os.read(master, 4096)
                 os.write(master, then)
         finally:

@@ -237,6 +237,8 @@ def test_shutdown_server(server: Server) -> None:
         async with await connect(port=server.port) as mq:
             stopping = asyncio.to_thread(server.run)
             await asyncio.gather(stopping, mq.shutdown_server())
+            with pytest.raises(ConnectionRefusedError):
+                await connect(port=server.port, retry=False)
 
     asyncio.run(main())
 

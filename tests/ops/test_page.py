@@ -722,6 +722,7 @@ def test_page_aligns_numbers_and_commands(browser: Browser, server: Server, widt
             assert top
             assert number
             rows.setdefault(top["y"], set()).add(number["y"])
+        assert rows
         assert all(len(heights) == 1 for heights in rows.values())
 
 

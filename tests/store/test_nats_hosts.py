@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from nats.aio.client import Client
 
 from conftest import SOON, Daemon, wait_until
 from dsmq.store.nats_api import EngineError
+from dsmq.store.nats_connection import Server
 from engine import Engine, Node, configuration
 from helpers import black_hole
 from hosts import Host, hosts
@@ -65,9 +68,17 @@ def test_clients_continue_when_cables_are_pulled(tmp_path: Path) -> None:
             traffic.await_progress()
 
 
-def test_node_that_does_not_answer_is_skipped(stores: Stores) -> None:
+def test_node_that_does_not_answer_is_skipped(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     store = stores()
     stream = store.stream
+    tried: list[Server] = []
+    new_client = stream._new_client
+
+    async def connect(servers: Sequence[Server]) -> Client:
+        tried.append(servers[0])
+        return await new_client(servers)
+
+    monkeypatch.setattr(stream, "_new_client", connect)
 
     def answers() -> bool:
         try:
@@ -80,3 +91,4 @@ def test_node_that_does_not_answer_is_skipped(stores: Stores) -> None:
         stream._servers = [hole, *stores.servers]
         asyncio.run_coroutine_threadsafe(stream.leave_node(), store._loop).result(SOON)
         wait_until(answers)
+    assert tried[0] == hole

@@ -279,7 +279,9 @@ def test_two_servers_cannot_share_snapshot_file(file: Path) -> None:
 def test_child_process_does_not_keep_snapshot_file_locked(store: ClockedStore, file: Path) -> None:
     with snapshotting(store, file):
         # A child inherits copies of all descriptors, as a forked process does.
-        child = subprocess.Popen(["sleep", str(SOON)], pass_fds=descriptors_of(f"{file}.lock"))
+        descriptors = descriptors_of(f"{file}.lock")
+        assert descriptors
+        child = subprocess.Popen(["sleep", str(SOON)], pass_fds=descriptors)
     try:
         with serving(snapshot_file=str(file)):
             pass

@@ -107,8 +107,9 @@ def test_bodies_may_be_any_bytes(store: ClockedStore) -> None:
 
 def test_reading_removes_nothing(store: ClockedStore) -> None:
     put(store, b"t", b"1", b"2")
-    assert read(store, b"t") == read(store, b"t")
-    assert store.latest(b"t", 0) == store.latest(b"t", 0)
+    for _ in range(2):
+        assert bodies(read(store, b"t")) == [b"1", b"2"]
+        assert bodies(store.latest(b"t", 0)) == [b"2"]
     assert store.totals().messages == 2
 
 
