@@ -11,7 +11,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -363,7 +363,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             # Other users on the machine can read command lines.
             continue
         about = f"{environment.settings()[name]} Default: {_as_option(field.default)}".replace("%", "%%")
-        group.add_argument(option(name), metavar="VALUE", dest=name, default=argparse.SUPPRESS, help=about)
+        added = group.add_argument(option(name), metavar="VALUE", dest=name, default=argparse.SUPPRESS, help=about)
+        if (kind := field.annotation) is bool or get_origin(kind) is Literal:
+            values = ("true", "false") if kind is bool else get_args(kind)
+            # For shell completion.
+            added.completer = lambda values=values, **_: values  # type: ignore[attr-defined]
 
 
 def from_options(options: argparse.Namespace) -> Settings:

@@ -260,7 +260,14 @@ def test_commands_options_and_topics_are_completed(topic: str, mq: DSMQClientSid
     assert completed(f"dsmq get {topic}/") == [topic + "/a", topic + "/b"]
     with refusing_address() as (_, port):
         assert completed(f"dsmq get --port {port} {topic}/") == [""]
+    assert completed(f"dsmq put {topic} {topic}/") == [""]
     assert completed("dsmq completion ") == ["--help", "bash", "zsh", "fish"]
+
+
+def test_values_of_settings_are_completed() -> None:
+    assert completed("dsmq serve --log-level ") == ["debug", "info", "warning", "error"]
+    assert completed("dsmq config --when-full d") == ["drop_oldest"]
+    assert completed("dsmq serve --allow-shutdown ") == ["true", "false"]
 
 
 @pytest.fixture

@@ -263,7 +263,8 @@ def all_commands(topics: Callable[..., Iterable[str]]) -> argparse.ArgumentParse
         command = commands.add_parser(name)
         _add_options(name, command)
         for word in re.findall(r"\w+", arguments.lower()):
-            argument = command.add_argument(word, nargs="*", choices=SHELLS if word == "shell" else None)
+            nargs = "*" if "..." in arguments else None
+            argument = command.add_argument(word, nargs=nargs, choices=SHELLS if word == "shell" else None)
             if word != "shell":
                 argument.completer = topics if word == "topic" else lambda **_: ()  # type: ignore[attr-defined]
     return parser
