@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from dsmq.broker.jobs import PendingTake, TakeQueues
-from dsmq.store import groups
+from dsmq.store import group_snapshots
 from dsmq.store.api import Found
 from dsmq.store.group import Group, HeldJob, Receipt
 from dsmq.store.groups import Groups
@@ -25,7 +25,7 @@ _end_leases, _remove, _put_back = Group.end_leases, TakeQueues.remove, Group.put
 
 def leases_end_soon() -> None:
     """Not a defect: after a restart, leases last only a second, so that the jobs of lost workers are given again."""
-    groups.LEASE_AFTER_RESTART_MS = 1_000
+    group_snapshots.LEASE_AFTER_RESTART_MS = 1_000
 
 
 def keeps_leases() -> None:

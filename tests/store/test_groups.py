@@ -19,7 +19,8 @@ from dsmq.store import group as group_module
 from dsmq.store import groups as groups_module
 from dsmq.store.api import DROP_OLDEST, Limits, Message, TopicRule
 from dsmq.store.group import Receipt
-from dsmq.store.groups import LEASE_AFTER_RESTART_MS, MAX_NEW, GroupLimits, Groups, Job
+from dsmq.store.group_snapshots import LEASE_AFTER_RESTART_MS
+from dsmq.store.groups import MAX_NEW, GroupLimits, Groups, Job
 
 # Fixtures.
 __all__ = ["clock", "store"]

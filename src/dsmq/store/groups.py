@@ -7,12 +7,10 @@ and count towards limits like all others.
 from __future__ import annotations
 
 import logging
-import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq import logs
@@ -20,8 +18,8 @@ from dsmq.errors import BadRequest, Full, ReplyError
 from dsmq.store.api import Answer, Found, ManyTopics, Message, Outcome, Put, TopicMessage
 from dsmq.store.group import MAX_DONE, Group, GroupCounts, HeldJob, Receipt
 from dsmq.store.group_figures import GroupFigures
+from dsmq.store.group_snapshots import GroupSnapshots
 from dsmq.store.read_ahead import ReadAhead
-from dsmq.store.schema import Batch
 from dsmq.store.selection import Selection
 from dsmq.terminal import quoted
 
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
     from dsmq.store.topics import TopicTable
 
 FAILED_SUFFIX = b"/failed"
-# After a restart, workers have at least this long to finish the jobs that they held before it.
-LEASE_AFTER_RESTART_MS = 30_000
 # The pause before the next attempt to move a job to the topic for failed jobs.
 MOVE_AGAIN_MS = 1_000
 # Max jobs of a group moved to that topic while holding the lock.
@@ -127,7 +123,7 @@ class Source:
         raise NotImplementedError
 
 
-class Groups(GroupFigures):
+class Groups(GroupFigures, GroupSnapshots):
     """The groups of workers of a store. Thread-safe."""
 
     def __init__(self, source: Source) -> None:
@@ -380,44 +376,6 @@ class Groups(GroupFigures):
         del group.failed[:MAX_MOVED]
         return moved
 
-    # Snapshots
-
-    def copy(self) -> Iterator[Batch]:
-        """Return the rows of a snapshot of this instant. Requires the lock; iterating over the rows does not."""
-        groups: list[tuple[object, ...]] = []
-        jobs: list[tuple[object, ...]] = []
-        parts: list[tuple[int, dict[int, int], dict[bytes, tuple[int, int]]]] = []
-        for row, group in enumerate(self._groups.values()):
-            groups.append((row, group.key, group.name, group.used_at, group.position, *astuple(group.counts)))
-            jobs += [
-                (row, job.id, job.topic, job.attempt, job.until, job.is_held, job.token) for job in group.jobs.values()
-            ]
-            parts.append((row, group.done.copy(), group.numbers.copy()))
-        return _batches(groups, jobs, parts)
-
-    def load(self, source: sqlite3.Connection, now: int) -> None:
-        """Restore the groups of a snapshot."""
-        by_row: dict[int, Group] = {}
-        if not source.execute("SELECT 1 FROM sqlite_master WHERE name = 'worker_groups'").fetchone():
-            # The snapshot is from an earlier version.
-            return
-        for row, key, name, used_at, position, *counts in source.execute("SELECT * FROM worker_groups ORDER BY id"):
-            group = by_row[row] = Group(key, name, Selection([key]), used_at, position, counts=GroupCounts(*counts))
-            self._groups[key, name] = group
-            self._base.add(group.counts, -1)
-        for row, message_id, topic, attempt, until, is_held, token in source.execute(
-            "SELECT * FROM jobs ORDER BY rowid"
-        ):
-            if topic is None:
-                by_row[row].done[message_id] = attempt
-                continue
-            end = max(until, now + LEASE_AFTER_RESTART_MS) if is_held else until
-            by_row[row].restore(HeldJob(message_id, topic, attempt, end, bool(is_held), now, token))
-        for row, topic, number, dropped in source.execute("SELECT * FROM job_numbers ORDER BY rowid"):
-            by_row[row].numbers[topic] = number, dropped
-        for group in by_row.values():
-            self._note_use(group, group.used_at)
-
 
 def failed_put(job: HeldJob, body: bytes, limits: GroupLimits, key: tuple[bytes, int] | None = None) -> Put:
     """Return the put into the topic for failed jobs. Raises BadRequest."""
@@ -434,16 +392,3 @@ def count_unmoved(group: Group, job: HeldJob, error: Exception) -> None:
         name, about = quoted(topic + FAILED_SUFFIX.decode()), logs.event("job_not_moved", topic=topic)
         _logger.warning("failed jobs can't be moved to topic %s: %s", name, error, extra=about)
     group.counts.unmoved += 1
-
-
-def _batches(
-    groups: list[tuple[object, ...]],
-    jobs: list[tuple[object, ...]],
-    parts: list[tuple[int, dict[int, int], dict[bytes, tuple[int, int]]]],
-) -> Iterator[Batch]:
-    yield "INSERT INTO worker_groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", groups
-    insert = "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?)"
-    yield insert, jobs
-    for row, done, numbers in parts:
-        yield insert, [(row, message_id, None, attempt, 0, False, b"") for message_id, attempt in done.items()]
-        yield "INSERT INTO job_numbers VALUES (?, ?, ?, ?)", [(row, topic, *last) for topic, last in numbers.items()]
