@@ -15,10 +15,9 @@ from stores import Clock, ClockedStore, expire_all, put
 from working import AGE, LEASE, W, clock, stats, store, take
 
 from dsmq.errors import Full, JobLost, StoreFailed
-from dsmq.store import group as group_module
 from dsmq.store import groups as groups_module
 from dsmq.store.api import DROP_OLDEST, Limits, Message, TopicRule
-from dsmq.store.group import Receipt
+from dsmq.store.group import DUE_BYTES, GROUP_BYTES, JOB_BYTES, NUMBER_BYTES, Receipt
 from dsmq.store.group_snapshots import LEASE_AFTER_RESTART_MS
 from dsmq.store.groups import MAX_NEW, GroupLimits, Groups, Job
 
@@ -340,7 +339,7 @@ def test_jobs_in_flight_are_limited(store: ClockedStore, clock: Clock) -> None:
 
 
 def test_memory_of_groups_is_limited(store: ClockedStore) -> None:
-    allow(store, max_group_bytes=3 * group_module.JOB_BYTES)
+    allow(store, max_group_bytes=GROUP_BYTES + 2 * JOB_BYTES + 3 * DUE_BYTES)
     put(store, b"t", b"1", b"2", b"3")
     assert ids(take(store)) == [1]
     jobs = take(store)
@@ -362,8 +361,8 @@ def test_state_of_finished_jobs_is_bounded(store: ClockedStore, monkeypatch: pyt
 
 def test_finished_jobs_of_many_groups_refuse_no_others(store: ClockedStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups_module, "_MAX_DONE", 100)
-    monkeypatch.setattr(groups_module, "_LEAST_DONE", 5)
-    allow(store, max_group_bytes=20 * group_module.JOB_BYTES)
+    monkeypatch.setattr(groups_module, "LEAST_DONE", 5)
+    allow(store, max_group_bytes=100_000)
     put(store, b"t", *[b"x"] * 100)
     for number in range(10):
         while jobs := take(store, group=b"%d" % number):
@@ -373,13 +372,13 @@ def test_finished_jobs_of_many_groups_refuse_no_others(store: ClockedStore, monk
 
 
 def test_memory_of_jobs_that_failed_is_given_back(store: ClockedStore, clock: Clock) -> None:
-    allow(store, max_attempts=1, max_group_bytes=20 * group_module.JOB_BYTES)
+    allow(store, max_attempts=1, max_group_bytes=20 * JOB_BYTES)
     put(store, b"t", *[b"x"] * 30)
     take(store, count=30)
     clock.now += LEASE
     while store.groups.expire():
         pass
-    assert store.groups.memory == group_module.JOB_BYTES
+    assert store.groups.memory == GROUP_BYTES + NUMBER_BYTES + len(b"t")
     assert stats(store).counts.failed == 30
 
 
@@ -575,6 +574,10 @@ class GroupAndModel(RuleBasedStateMachine):
         if hasattr(self, "store"):
             groups = self.store.groups
             assert groups._memory == sum(group.counted_memory for group in groups._groups.values())
+            for group in groups._groups.values():
+                numbers, jobs = group.numbers, group.jobs.values()
+                names = sum(map(len, numbers)) + sum(len(job.topic) for job in jobs)
+                assert group.other_bytes == GROUP_BYTES + NUMBER_BYTES * len(numbers) + names
 
     @invariant()
     def jobs_in_flight_are_counted(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dsmq.errors import Full, JobLost
+from dsmq.store import groups
 from dsmq.store.group import GroupCounts, Receipt
 from dsmq.store.groups import GroupLimits, Job, Take
 from dsmq.store.nats import NATSStore
@@ -280,6 +281,21 @@ def test_limits_are_checked_once_mirror_is_up_to_date(stores: Stores) -> None:
         put(one, b"t", b"x", b"x")
     with pytest.raises(Full, match="max_groups = 1"):
         take(one, b"other")
+
+
+def test_server_with_little_memory_forgets_no_finished_jobs(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, servers could disagree on whether a repeated DONE applies."""
+    monkeypatch.setattr(groups, "LEAST_DONE", 1)
+    store = stores()
+    put(store, b"t", b"1", b"2", b"3")
+    jobs = [job for _ in range(3) for job in take(store)]
+    done(store, jobs)
+    store.groups.limits = GroupLimits(max_group_bytes=1)
+    put(store, b"t", b"4")
+    with pytest.raises(Full, match="max_group_bytes"):
+        take(store)
+    [group] = store.groups.copy_groups()
+    assert list(group.done) == [job.id for job in jobs]
 
 
 def test_waiting_workers_of_other_servers_are_woken(stores: Stores) -> None:

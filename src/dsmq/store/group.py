@@ -18,8 +18,10 @@ from dsmq.errors import JobLost
 if TYPE_CHECKING:
     from dsmq.store.selection import Selection
 
-# The approximate memory for an unfinished job.
-JOB_BYTES = 600
+# The approximate memory for a group, an unfinished job, its lease or delay, the token of a request, and a finished job.
+GROUP_BYTES, JOB_BYTES, DUE_BYTES, TOKEN_BYTES, DONE_BYTES = 1_300, 250, 100, 250, 90
+# The approximate memory for a topic's last number, without the topic's name.
+NUMBER_BYTES = 160
 # Max jobs remembered as done, so that a worker can repeat DONE if it got no reply.
 MAX_DONE = 10_000
 # Max leases ended at once.
@@ -106,6 +108,8 @@ class Group:
     """All messages up to this id have been given."""
     counted_memory: int = 0
     """This group's share of the counted memory of all groups."""
+    other_bytes: int = GROUP_BYTES
+    """The approximate memory for the group itself, for `numbers`, and for the names of the jobs' topics."""
     jobs: dict[int, HeldJob] = field(default_factory=dict)
     done: dict[int, int] = field(default_factory=dict)
     """The attempts that finished jobs, by the jobs' ids."""
@@ -123,7 +127,8 @@ class Group:
 
     @property
     def memory(self) -> int:
-        return JOB_BYTES * (1 + len(self.jobs))
+        jobs = JOB_BYTES * len(self.jobs) + DUE_BYTES * len(self._due) + TOKEN_BYTES * len(self._tokens)
+        return self.other_bytes + jobs + DONE_BYTES * len(self.done)
 
     @property
     def size(self) -> int:
@@ -137,6 +142,7 @@ class Group:
 
     def restore(self, job: HeldJob) -> None:
         """Add a job from a saved state."""
+        job.topic = self._own(job.topic)
         self.jobs[job.id] = job
         self.in_flight += job.is_in_flight
         self._remember_token(job)
@@ -154,9 +160,17 @@ class Group:
 
     def add(self, message_id: int, topic: bytes) -> HeldJob:
         """Add a job for a message that is given for the first time."""
-        job = self.jobs[message_id] = HeldJob(message_id, topic)
+        job = self.jobs[message_id] = HeldJob(message_id, self._own(topic))
         self.counts.taken += 1
         return job
+
+    def _own(self, topic: bytes) -> bytes:
+        """Return the name of a job's topic, after counting its memory."""
+        if topic == self.key:
+            # All jobs share one object.
+            return self.key
+        self.other_bytes += len(topic)
+        return topic
 
     def next_ready(self) -> HeldJob | None:
         """Return the oldest job to be given again, if there is one. It stays available until it is given or removed."""
@@ -238,6 +252,8 @@ class Group:
     def remove(self, job: HeldJob) -> None:
         self._forget_token(job)
         self.in_flight -= job.is_in_flight
+        if job.topic is not self.key:
+            self.other_bytes -= len(job.topic)
         del self.jobs[job.id]
 
     def _remember_token(self, job: HeldJob) -> None:
@@ -261,6 +277,22 @@ class Group:
             were_dropped = min(missing, max(0, dropped - dropped_before))
             self.counts.dropped += were_dropped
             self.counts.expired += missing - were_dropped
+        elif last == sys.maxsize:
+            self.other_bytes += NUMBER_BYTES + len(topic)
         self.numbers[topic] = number, dropped
         if len(self.numbers) > MAX_NUMBERS:
-            del self.numbers[next(iter(self.numbers))]
+            self._forget_numbers(1)
+
+    def _forget_numbers(self, count: int) -> None:
+        """Forget the numbers of the topics from which no job was given for longest."""
+        forgotten = list(islice(self.numbers, count))
+        for topic in forgotten:
+            del self.numbers[topic]
+        self.other_bytes -= NUMBER_BYTES * count + sum(map(len, forgotten))
+
+    def forget(self, least: int) -> None:
+        """Forget all finished jobs and all numbers but the last `least`."""
+        self._forget_numbers(max(0, len(self.numbers) - least))
+        if len(self.done) > least:
+            # Deleting keys of a dict would not free its memory.
+            self.done = dict(islice(self.done.items(), len(self.done) - least, None))

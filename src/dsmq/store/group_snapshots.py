@@ -19,7 +19,7 @@ class GroupSnapshots:
 
     _groups: dict[tuple[bytes, bytes], Group]
     _base: GroupCounts
-    _note_use: Callable[[Group, int], None]
+    _count_memory: Callable[[Group], None]
 
     def copy(self) -> Iterator[Batch]:
         """Return the rows of a snapshot of this instant. Requires the lock; iterating over the rows does not."""
@@ -53,9 +53,9 @@ class GroupSnapshots:
             end = max(until, now + LEASE_AFTER_RESTART_MS) if is_held else until
             by_row[row].restore(HeldJob(message_id, topic, attempt, end, bool(is_held), now, token))
         for row, topic, number, dropped in source.execute("SELECT * FROM job_numbers ORDER BY rowid"):
-            by_row[row].numbers[topic] = number, dropped
+            by_row[row].count_until(topic, number, dropped)
         for group in by_row.values():
-            self._note_use(group, group.used_at)
+            self._count_memory(group)
 
 
 def _batches(

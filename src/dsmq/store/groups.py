@@ -34,7 +34,9 @@ MAX_MOVED = 20
 # Max new jobs given to a worker at once.
 MAX_NEW = 100
 # Max finished jobs remembered in all groups together, apart from the last few of each.
-_MAX_DONE, _LEAST_DONE = 30_000, 30
+_MAX_DONE, LEAST_DONE = 30_000, 30
+# If forgetting all but these did not free enough memory, the pause before it is tried again.
+FORGET_AGAIN_MS = 100
 
 _logger = logging.getLogger(__name__)
 
@@ -140,6 +142,8 @@ class Groups(GroupFigures, GroupSnapshots):
         self._groups: dict[tuple[bytes, bytes], Group] = {}
         self._ahead = ReadAhead(self._read_next)
         self._memory = 0
+        # When finished jobs may be forgotten again, because memory is short.
+        self._forget_at = 0
         # Added to the counts of the current groups to get the counts since the start: what forgotten groups have
         # counted, minus what restored groups had counted before.
         self._base = GroupCounts()
@@ -158,7 +162,8 @@ class Groups(GroupFigures, GroupSnapshots):
             try:
                 return self._repeat(group, request, now) or self._take(group, request, now)
             finally:
-                self._note_use(group, now)
+                group.used_at = now
+                self._count_memory(group)
 
     def _find(self, request: Take, now: int) -> Group:
         group = self._groups.get((request.key, request.group))
@@ -173,11 +178,8 @@ class Groups(GroupFigures, GroupSnapshots):
         self._groups[request.key, request.group] = group
         return group
 
-    def _note_use(self, group: Group, now: int) -> None:
-        group.used_at = now
-        self._count_memory(group)
-
     def _count_memory(self, group: Group) -> None:
+        """Count a group's memory after it has grown. If it has shrunk, that can wait for `expire` or `_make_room`."""
         memory = group.memory
         self._memory += memory - group.counted_memory
         group.counted_memory = memory
@@ -213,7 +215,7 @@ class Groups(GroupFigures, GroupSnapshots):
         """Add new jobs to the jobs given to a worker."""
         room = min(self._room(group), request.max_jobs - len(jobs), MAX_NEW)
         found = self._next(group, max(1, room), max_bytes if room > 0 else 1, now)
-        if found.messages and room <= 0:
+        if found.messages and room <= 0 and not self._make_room(group, now):
             raise self._full(group)
         for message in found.messages:
             group.count_until(message.topic, message.number, self._source.dropped(message.topic))
@@ -229,6 +231,19 @@ class Groups(GroupFigures, GroupSnapshots):
     def _room(self, group: Group) -> int:
         """Return how many new jobs the limits allow. Jobs given again are not limited."""
         return self.limits.max_jobs_in_flight - group.size if self._memory < self.limits.max_group_bytes else 0
+
+    def _make_room(self, group: Group, now: int) -> bool:
+        """Forget finished jobs, oldest groups first, if memory is short; return whether there is room for a new job."""
+        limit = self.limits.max_group_bytes
+        if self._memory >= limit and now >= self._forget_at:
+            for one in self._groups.values():
+                one.forget(LEAST_DONE)
+                self._count_memory(one)
+                if self._memory < limit - limit // 16:
+                    break
+            else:
+                self._forget_at = now + FORGET_AGAIN_MS
+        return self._room(group) > 0
 
     def _full(self, group: Group) -> Full:
         limits = self.limits
@@ -292,11 +307,12 @@ class Groups(GroupFigures, GroupSnapshots):
             for receipt in current:
                 group = self._check(group, receipt)
             if group:
-                max_done = min(MAX_DONE, _LEAST_DONE + _MAX_DONE // len(self._groups))
+                max_done = min(MAX_DONE, LEAST_DONE + _MAX_DONE // len(self._groups))
                 for receipt in current:
                     group.finish(receipt, max_done)
-                self._note_use(group, self._source.now())
-            if was_full:
+                group.used_at = self._source.now()
+            if was_full and group:
+                self._count_memory(group)
                 self.on_available((key, name))
         return None
 
@@ -305,7 +321,7 @@ class Groups(GroupFigures, GroupSnapshots):
         with self.lock:
             group, now = self._check(self._groups.get((key, name)), receipt), self._source.now()
             group.put_back(group.jobs[receipt.id], now + delay_ms)
-            self._note_use(group, now)
+            group.used_at = now
             self.on_available((key, name))
         return None
 
@@ -314,7 +330,7 @@ class Groups(GroupFigures, GroupSnapshots):
         with self.lock:
             group, now = self._check(self._groups.get((key, name)), receipt), self._source.now()
             group.extend(group.jobs[receipt.id], now + lease_ms)
-            self._note_use(group, now)
+            group.used_at = now
             # The first waiting worker may have to wake earlier.
             self.on_available((key, name))
         return None

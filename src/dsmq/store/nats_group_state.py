@@ -119,7 +119,7 @@ def load_state(parts: Iterable[bytes], now: int, age_ms: int) -> Iterator[Shared
                 group = SharedGroup(*names, selection, now - age_ms - unused_ms, position, counts=GroupCounts(*counts))
                 group.changed_by = changed_by
             case ["number", topic, last] if group:
-                group.numbers[as_bytes(topic)] = tuple(last)
+                group.count_until(as_bytes(topic), *last)
             case ["done", done] if group:
                 group.done.update(done)
             case ["job", message_id, topic, attempt, version, is_held, left_ms, held_ms, token, worker] if group:

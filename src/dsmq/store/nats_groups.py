@@ -201,6 +201,10 @@ class NATSGroups(GroupFacts, Groups):
         plan.is_use = is_new or now - group.used_at > self._source.max_age_ms / _USES_PER_MAX_AGE
         return plan
 
+    def _make_room(self, group: Group, now: int) -> bool:  # noqa: ARG002
+        # All servers have to remember the same.
+        return self._room(group) > 0
+
     def _begin(self, request: Take, now: int) -> SharedGroup:
         # The plan creates the group on all servers.
         return SharedGroup(request.key, request.group, request.selection, now)
