@@ -135,7 +135,7 @@ def test_stalled_handshake_times_out_and_affects_no_one(files: Files) -> None:
                     pass
         mq.ping()
         # Connections that have finished the handshake stay.
-        assert server.status.connections() == 1
+        wait_until(lambda: server.status.connections() == 1)
 
 
 def tls_to(server: Server, files: Files) -> ssl.SSLSocket:
@@ -175,6 +175,27 @@ def test_all_decrypted_requests_run_at_once(files: Files) -> None:
         while len(got) < 4 * 3908:
             got += sock.recv(65_536)
         assert got == b"$3900\r\n%b\r\n" % (b"x" * 3900) * 4
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_client_that_ends_its_stream_without_close_notify_gets_its_replies(
+    files: Files, version: ssl.TLSVersion
+) -> None:
+    context = ssl.create_default_context(cafile=files.ca)
+    context.minimum_version = context.maximum_version = version
+    with serving(tls_cert_file=files.server) as server, socket.create_connection(("127.0.0.1", server.port)) as raw:
+        raw.settimeout(SOON)
+        with context.wrap_socket(raw, server_hostname="127.0.0.1") as sock:
+            sock.sendall(b"PING\r\n")
+            assert sock.recv(100) == b"+PONG\r\n"
+            with blocked(server):
+                sock.sendall(b"PING\r\n" * 3)
+                # The method of SSLSocket would discard the encryption.
+                socket.socket.shutdown(sock, socket.SHUT_WR)
+            got = b""
+            while data := sock.recv(100):
+                got += data
+            assert got == b"+PONG\r\n" * 3
 
 
 @pytest.mark.slow

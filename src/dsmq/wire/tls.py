@@ -44,6 +44,8 @@ def server_context(cert_file: str, key_file: str, client_ca_file: str) -> ssl.SS
     """
     context = _new_context(ssl.PROTOCOL_TLS_SERVER)
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    # Otherwise, OpenSSL 3 sends no replies to a client that ends its stream without close_notify. Older versions do.
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     _load_pair(context, ("tls_cert_file", cert_file), ("tls_key_file", key_file))
     if client_ca_file:
         _load_authorities(context, ("tls_client_ca_file", client_ca_file))
