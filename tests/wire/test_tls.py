@@ -20,9 +20,24 @@ from typing import Any
 import pytest
 import trustme
 
-from conftest import CONNECTS, SOON, UNIT, Connect, blocked, reload, run_dsmq, serving, tool, wait_until, wire_to
+from conftest import (
+    CONNECTS,
+    SOON,
+    UNIT,
+    Connect,
+    blocked,
+    loop_of,
+    reload,
+    run_dsmq,
+    serving,
+    tool,
+    wait_until,
+    wire_to,
+)
 from dsmq import aio
 from dsmq import settings as config
+from dsmq.broker import transport
+from dsmq.broker.states import LINGERING
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.client.connection import LONG_PAUSE_SECONDS
 from dsmq.errors import ClientClosed, ConfigError
@@ -163,6 +178,19 @@ def test_handshake_alone_does_not_replace_token(tls_server: Server, files: Files
         sock.sendall(b"PING\r\n")
         assert sock.recv(100) == b"+PONG\r\n"
         assert tls_server.context.usage.unauthenticated.total == 1
+
+
+def test_client_that_has_sent_a_request_receives_the_alert(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "LINGER_SECONDS", SOON)
+    with serving(tls_cert_file=files.server, tls_client_ca_file=files.ca) as server, tls_to(server, files) as sock:
+        # With TLS 1.3, the client's handshake ends before the server checks its certificate.
+        sock.sendall(b"PING\r\n")
+        with pytest.raises(ssl.SSLError, match="CERTIFICATE_REQUIRED"):
+            sock.recv(100)
+        # If the server closed now, the kernel would reset the connection, and asyncio would report only that.
+        wait_until(lambda: [connection.state for connection in loop_of(server).connections] == [LINGERING])
+        sock.close()
+        wait_until(lambda: server.status.connections() == 0)
 
 
 def test_all_decrypted_requests_run_at_once(files: Files) -> None:

@@ -245,6 +245,12 @@ class Connection:
             self.reads.stop_waiting(at_once=True)
             self.end(error)
 
+    def on_failed_handshake(self, error: OSError) -> None:
+        """Close, but let the client receive the TLS alert, although it may already have sent its first request."""
+        _logger.debug("%r: %s", self, error.strerror or error)
+        self.login.role = Role.NOBODY
+        self.finish()
+
     def reject(self, error: ReplyError) -> None:
         """Reply with an error that ends the connection, and close."""
         self.log_rejected(error)

@@ -68,7 +68,7 @@ class Transport:
         try:
             events = self.socket.handshake()  # type: ignore[union-attr]
         except OSError as error:
-            self.connection.close(error.strerror or str(error))
+            self.connection.on_failed_handshake(error)
             return
         if events:
             self.loop.watch(self.connection, events)
