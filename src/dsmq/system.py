@@ -103,14 +103,14 @@ def resident_bytes() -> int:
         return 0
 
 
-def unsent_bytes(sock: socket.socket) -> int:
-    """Return the number of bytes that the peer has not acknowledged; 0 if unknown."""
+def unsent_bytes(descriptor: int) -> int:
+    """Return the number of bytes sent to a socket that the peer has not acknowledged; 0 if unknown."""
     try:
         from fcntl import ioctl  # noqa: PLC0415 - not everywhere
         from termios import TIOCOUTQ  # noqa: PLC0415
 
-        return int.from_bytes(ioctl(sock, TIOCOUTQ, bytes(4)), sys.byteorder)
-    except (ImportError, OSError):
+        return int.from_bytes(ioctl(descriptor, TIOCOUTQ, bytes(4)), sys.byteorder)
+    except (ImportError, OSError, ValueError):
         return 0
 
 

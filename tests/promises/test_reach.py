@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import shutil
@@ -290,6 +291,32 @@ def test_message_slower_than_timeout_round_trips(server: Server) -> None:
     with Slow(server.port, 600_000) as slow, connect(port=slow.port, timeout=20 * UNIT, reconnect_timeout=0) as mq:
         mq.put("t", message)
         assert mq.get("t") == message
+
+
+def test_timeout_restarts_while_server_receives_more_of_a_message(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsent = itertools.count(10**9, -1)
+    with connect(port=server.port, timeout=UNIT, reconnect_timeout=0) as mq, blocked(server) as release:
+
+        def progress(_: int) -> int:
+            left = next(unsent)
+            if left == 10**9 - 5:
+                release.set()
+            return left
+
+        monkeypatch.setattr(link, "unsent_bytes", progress)
+        mq.put("t", "x" * 2 * link.LONG_BYTES)
+    assert next(unsent) <= 10**9 - 5
+
+
+def test_timeout_does_not_restart_while_server_receives_nothing(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "unsent_bytes", lambda _: 1000)
+    mq = connect(port=server.port, timeout=UNIT, reconnect_timeout=0)
+    with mq, blocked(server), pytest.raises(ConnectionLost, match="no reply within"):
+        mq.put("t", "x" * 2 * link.LONG_BYTES)
 
 
 def test_read_size_shrinks_after_timeout(server: Server) -> None:

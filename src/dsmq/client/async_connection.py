@@ -13,7 +13,7 @@ from copy import copy
 from functools import partial
 from typing import Any, cast
 
-from dsmq.client.connection import CLOSED_BY_SERVER, LONG_PAUSE_SECONDS
+from dsmq.client.connection import CLOSED_BY_SERVER, LONG_BYTES, LONG_PAUSE_SECONDS
 from dsmq.client.core import Core
 from dsmq.client.dial import Race, addresses, certified_name, explain_failure, explain_greeting
 from dsmq.client.replies import is_lost, raise_if_fatal, reason
@@ -26,8 +26,6 @@ from dsmq.wire.resp import Reply, ReplyParser
 
 # Max unanswered requests on a connection, because a server remembers only this many puts of a producer.
 _MAX_UNANSWERED = 2 * PUTS_AT_ONCE
-# Sending more than this at once may take longer than the reply timeout.
-_LONG_BYTES = 16_384
 _FIRST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.001, 0.02
 
 
@@ -166,7 +164,7 @@ class Connection(asyncio.Protocol):
         """Send requests; the server may wait for `seconds` before it replies."""
         self._timeout = seconds + self._base_timeout
         self._transport.write(data)
-        if len(data) > _LONG_BYTES:
+        if len(data) > LONG_BYTES:
             self._unsent = self._count_unsent()
         if self._watch is None or self._watch.when() > self._progress_at + self._timeout:
             self._watch_progress()
@@ -192,7 +190,7 @@ class Connection(asyncio.Protocol):
 
     def _count_unsent(self) -> int:
         """Return the number of sent bytes that the server is not known to have received."""
-        return self._transport.get_write_buffer_size() + unsent_bytes(self.sock)
+        return self._transport.get_write_buffer_size() + unsent_bytes(self.sock.fileno())
 
     @property
     def is_stale(self) -> bool:

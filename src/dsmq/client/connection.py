@@ -18,6 +18,7 @@ from dsmq.system import (
     LONG_YIELD_SECONDS,
     process,
     raise_malloc_threshold,
+    unsent_bytes,
     yield_processor,
 )
 from dsmq.wire.addresses import Endpoint
@@ -34,7 +35,9 @@ _LONGEST_TIMEOUT = 1e6
 # After a longer pause, check that a connection is still open before sending.
 LONG_PAUSE_SECONDS = 0.1
 CLOSED_BY_SERVER = "the server has closed the connection"
-# A slower link times out, as it does on the server.
+# Sending more than this at once may take longer than the timeout of a reply.
+LONG_BYTES = 16_384
+# If the system does not tell how much the server has received, a slower link times out, as it does on the server.
 _SLOWEST_SECONDS_PER_BYTE = 1 / 16_384
 # How long to poll for a reply before sleeping.
 BUSY_POLL_SECONDS = 150e-6
@@ -56,6 +59,8 @@ class Connection:
         self._timeout, self._base_timeout = timeout, timeout
         self._deadline = math.inf
         self._poll_not_before = 0.0
+        # The number of sent bytes that the server had not yet received when the timeout last started.
+        self._unsent = 0
         self._receive_bytes = _RECEIVE_BYTES
         self.received = b""
         """The data received last."""
@@ -113,6 +118,7 @@ class Connection:
                 sent += self._send(memoryview(data)[sent:])
             # The kernel may have buffered more than it has sent.
             self._deadline += sent * _SLOWEST_SECONDS_PER_BYTE
+            self._unsent = unsent_bytes(self._socket.fileno()) if sent > LONG_BYTES else 0
         except ConnectionError:
             # The server has closed the connection. `receive` may still return its reason.
             return
@@ -132,6 +138,7 @@ class Connection:
         """Restart the timeout for a reply."""
         self.used_at = time.monotonic()
         self._deadline = self.used_at + self._timeout
+        self._unsent = unsent_bytes(self._socket.fileno())
 
     def receive(self) -> Reply:
         """Return the next reply. Raises OSError if the connection breaks or the reply is overdue."""
@@ -192,7 +199,11 @@ class Connection:
             self._awaited = event
         left = self._deadline - time.monotonic()
         if not self._selector.select(max(0.0, min(left, _LONGEST_SLEEP_SECONDS))) and left < _LONGEST_SLEEP_SECONDS:
-            raise TimeoutError(f"no reply within {self._timeout:g} s")
+            before = self._unsent
+            # On a slow link, the server may have received more of a long request.
+            self.reset_deadline()
+            if self._unsent >= before:
+                raise TimeoutError(f"no reply within {self._timeout:g} s")
 
     @property
     def closed_reason(self) -> str | None:
