@@ -84,6 +84,14 @@ def test_error_names_reason_per_address(resolve: Resolve) -> None:
             connect("name", timeout=UNIT, retry=False)
 
 
+@CONNECTS
+def test_refusing_address_counts_even_if_another_uses_up_timeout(connect: Connect, resolve: Resolve) -> None:
+    with refusing_address() as refusing, black_hole() as hole:
+        resolve("name", refusing, hole)
+        with pytest.raises(ConnectionRefusedError, match="no server answers at name"):
+            connect("name", timeout=UNIT, retry=False)
+
+
 def test_starting_server_is_waited_for_at_all_addresses(resolve: Resolve) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -251,8 +250,8 @@ async def connect(core: Core) -> tuple[Connection, State]:
 async def _connect(core: Core, endpoint: Endpoint) -> tuple[Connection, State]:
     connection: Connection | None = None
     try:
-        async with asyncio.timeout(core.timeout):
-            connection = await _open(core, endpoint)
+        async with asyncio.timeout(core.timeout) as limit:
+            connection = await _open(core, endpoint, limit)
             hello = Place(Call(core.session.hello))
             connection.send(deque([hello]))
             await hello.future
@@ -260,8 +259,8 @@ async def _connect(core: Core, endpoint: Endpoint) -> tuple[Connection, State]:
     except BaseException as error:
         if connection is not None:
             connection.fail(ConnectionResetError("not a usable connection"))
-        if isinstance(error, TimeoutError):
-            raise TimeoutError(str(error) or f"{endpoint}: no reply within {core.timeout:g} s") from None
+        if isinstance(error, TimeoutError) and not str(error):
+            raise TimeoutError(f"{endpoint}: no reply within {core.timeout:g} s") from None
         if connection is not None and isinstance(error, ReplyError | OSError):
             explain = partial(explain_greeting, is_first=not core.session.epoch)
             # Run it in a thread, because it may connect to find out which program answers.
@@ -273,10 +272,14 @@ async def _connect(core: Core, endpoint: Endpoint) -> tuple[Connection, State]:
     return connection, state
 
 
-async def _open(core: Core, endpoint: Endpoint) -> Connection:
-    with Race(endpoint, await _addresses(endpoint)) as race:
-        for seconds in race.run(math.inf):
+async def _open(core: Core, endpoint: Endpoint, limit: asyncio.Timeout) -> Connection:
+    found = await _addresses(endpoint)
+    # These attempts have their own timeout, and errors that name the addresses.
+    limit.reschedule(None)
+    with Race(endpoint, found) as race:
+        for seconds in race.run(core.timeout):
             await _select(race, seconds)
+    limit.reschedule(asyncio.get_running_loop().time() + core.timeout)
     # asyncio allocates 256 KiB for each receive.
     raise_malloc_threshold()
     options: dict[str, Any] = {"ssl": core.tls, "server_hostname": certified_name(endpoint)} if core.tls else {}
