@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 from dsmq.broker.jobs import PendingTake, TakeQueues
@@ -19,7 +19,7 @@ Mutant: TypeAlias = Callable[[], None]
 # Probability of random defects.
 RATIO = 0.05
 
-_copy, _finish, _next, _give = Groups.copy, Group.finish, Groups._next, Group.give
+_begin_copy, _finish, _next, _give = Groups.begin_copy, Group.finish, Groups._next, Group.give
 _end_leases, _remove, _put_back = Group.end_leases, TakeQueues.remove, Group.put_back
 
 
@@ -70,22 +70,25 @@ def repeats_attempts() -> None:
 def forgets_held_jobs() -> None:
     """Snapshots don't contain the jobs that workers hold."""
 
-    def copy(self: Groups) -> list[Batch]:
-        return [(insert, [row for row in rows if " jobs " not in insert or not row[5]]) for insert, rows in _copy(self)]
+    def copy(self: Groups) -> Iterator[Batch]:
+        return (
+            (insert, [row for row in rows if " jobs " not in insert or not row[5]])
+            for insert, rows in _begin_copy(self)
+        )
 
-    Groups.copy = copy  # type: ignore[method-assign]
+    Groups.begin_copy = copy  # type: ignore[method-assign]
 
 
 def forgets_positions() -> None:
     """After a restart, a group begins from the start."""
 
-    def copy(self: Groups) -> list[Batch]:
-        return [
+    def copy(self: Groups) -> Iterator[Batch]:
+        return (
             (insert, [(*row[:4], 0, *row[5:]) if " worker_groups " in insert else row for row in rows])
-            for insert, rows in _copy(self)
-        ]
+            for insert, rows in _begin_copy(self)
+        )
 
-    Groups.copy = copy  # type: ignore[method-assign]
+    Groups.begin_copy = copy  # type: ignore[method-assign]
 
 
 def skips_jobs() -> None:

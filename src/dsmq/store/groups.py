@@ -129,6 +129,7 @@ class Groups(GroupFigures, GroupSnapshots):
     """The groups of workers of a store. Thread-safe."""
 
     def __init__(self, source: Source) -> None:
+        GroupSnapshots.__init__(self)
         self.lock = threading.Lock()
         """Acquired before the store's."""
         self.limits = GroupLimits()
@@ -166,12 +167,18 @@ class Groups(GroupFigures, GroupSnapshots):
                 self._count_memory(group)
 
     def _find(self, request: Take, now: int) -> Group:
-        group = self._groups.get((request.key, request.group))
+        group = self._changing((request.key, request.group))
         if group is None:
             if len(self._groups) >= self.limits.max_groups:
                 raise Full(f"too many groups of workers (max_groups = {self.limits.max_groups})")
             group = self._begin(request, now)
         return group
+
+    def _changing(self, key: tuple[bytes, bytes]) -> Group | None:
+        """Return a group that is about to change."""
+        if self._uncopied:
+            self._copy(key)
+        return self._groups.get(key)
 
     def _begin(self, request: Take, now: int) -> Group:
         group = Group(request.key, request.group, request.selection, now)
@@ -300,7 +307,7 @@ class Groups(GroupFigures, GroupSnapshots):
     def done(self, key: bytes, name: bytes, receipts: Sequence[Receipt]) -> Answer[None]:
         """Finish jobs, all or none. Raises JobLost if a receipt is no longer current."""
         with self.lock:
-            group = self._groups.get((key, name))
+            group = self._changing((key, name))
             was_full = group is not None and self._room(group) <= 0
             known = group.done if group else {}
             current = [one for one in dict.fromkeys(receipts) if known.get(one.id) != one.attempt]
@@ -319,7 +326,7 @@ class Groups(GroupFigures, GroupSnapshots):
     def give_back(self, key: bytes, name: bytes, receipt: Receipt, delay_ms: int) -> Answer[None]:
         """Make a job available again, after a delay. Raises JobLost."""
         with self.lock:
-            group, now = self._check(self._groups.get((key, name)), receipt), self._source.now()
+            group, now = self._check(self._changing((key, name)), receipt), self._source.now()
             group.put_back(group.jobs[receipt.id], now + delay_ms)
             group.used_at = now
             self.on_available((key, name))
@@ -328,7 +335,7 @@ class Groups(GroupFigures, GroupSnapshots):
     def extend(self, key: bytes, name: bytes, receipt: Receipt, lease_ms: int) -> Answer[None]:
         """Make a lease end this long from now. Raises JobLost."""
         with self.lock:
-            group, now = self._check(self._groups.get((key, name)), receipt), self._source.now()
+            group, now = self._check(self._changing((key, name)), receipt), self._source.now()
             group.extend(group.jobs[receipt.id], now + lease_ms)
             group.used_at = now
             # The first waiting worker may have to wake earlier.
@@ -357,6 +364,7 @@ class Groups(GroupFigures, GroupSnapshots):
         for key, group in list(self._groups.items()):
             with self.lock:
                 now = self._source.now()
+                self._changing(key)
                 group.end_leases(now, self.limits.max_attempts)
                 moved |= self._move_failed(group, now)
                 self._count_memory(group)

@@ -272,7 +272,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
         try:
             # `with database` would convert errors of the file to errors of the store.
             with self.groups.lock, database.lock:
-                groups = self.groups.copy()
+                groups = self.groups.begin_copy()
                 state = SnapshotState(
                     *(self.epoch, self.run, self._clock(), self._last_id, topics.last_row, None, unix_time, is_last),
                     *(topics.empty | topics.dropped_ids, self._lost.ranges),
@@ -281,9 +281,10 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
                 buffered: list[Batch] = [(INSERT_TOPIC, buffer.new_topics()), (INSERT_ROW, buffer.rows())]
                 written = buffer.written_id, buffer.written_row
                 copied = database.copy_to(file, on_progress) if file else database.copy_rows(*written)
-            yield chain(copied, buffered, groups, copy_state(database, state, self._deduplicator))
+            yield chain(groups, copied, buffered, copy_state(database, state, self._deduplicator))
         finally:
             database.deletable_id = sys.maxsize
+            self.groups.end_copy()
 
     def load(self, source: sqlite3.Connection, unix_time: float) -> SnapshotState:
         """Load a snapshot into a new store and return its state. Restored messages count as read."""
