@@ -71,6 +71,7 @@ LOADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
 def test_memory_is_counted(store: ClockedStore, clock: Clock, load: Load) -> None:
     names = [b"%d" % number + b"x" * 40 for number in range(load.topics)] if load.key == b"*" else [load.key]

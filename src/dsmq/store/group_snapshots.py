@@ -16,8 +16,6 @@ from dsmq.store.selection import Selection
 
 # After a restart, workers have at least this long to finish the jobs that they held before it.
 LEASE_AFTER_RESTART_MS = 30_000
-
-
 # Max rows made while holding the lock: about 0.1 ms of work.
 COPY_ROWS = 500
 _INSERT_GROUP = "INSERT INTO worker_groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
