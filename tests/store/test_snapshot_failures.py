@@ -122,6 +122,7 @@ def test_full_disk_keeps_previous_snapshot(file: Path, missing: int, caplog: pyt
                 assert not snapshotter.save(at_once=at_once)
             [line] = [record for record in caplog.records if record.levelno == logging.ERROR]
             assert f"can't write a snapshot to {file}" in line.getMessage()
+            assert "the previous one is kept" in line.getMessage()
             assert file.read_bytes() == before
             assert not snapshot_file.temporary(file).exists()
         assert put(store, b"t", b"y") == [2]
@@ -164,6 +165,7 @@ def test_failed_final_snapshot_sets_exit_status(file: Path) -> None:
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
         assert server.stop() == 1
         assert "can't write a snapshot" in server.log()
+        assert "there is no previous one" in server.log()
         assert "Traceback" not in server.log()
     assert not file.exists()
 

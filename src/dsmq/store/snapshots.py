@@ -175,10 +175,11 @@ class Snapshotter:
             return False
         except Exception as error:
             self.stats.failed += 1
+            kept = "the previous one is kept" if os.path.exists(self.path) else "there is no previous one"
             is_expected = isinstance(error, OSError | sqlite3.Error | ReplyError | MemoryError)
             _logger.error(
-                "can't write a snapshot to %s: %s; the previous one is kept",
-                *(self.path, error),
+                "can't write a snapshot to %s: %s; %s",
+                *(self.path, error, kept),
                 extra=logs.event("snapshot_failed", file=str(self.path), error=str(error)),
                 exc_info=not is_expected,
             )
