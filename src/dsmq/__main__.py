@@ -30,10 +30,11 @@ def main(words: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     from dsmq.errors import ConfigError, DSMQError
 
-    _prepare_streams()
+    is_server = words[:1] == ["serve"]
+    _prepare_streams(is_server=is_server)
     try:
         try:
-            if words[:1] == ["serve"]:
+            if is_server:
                 _early_signals()
             return _command(words)
         finally:
@@ -73,11 +74,13 @@ def _report(error: Exception, status: int) -> int:
     return status
 
 
-def _prepare_streams() -> None:
-    # If a stream is closed (`>&-` in a shell), the next socket would get its descriptor.
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+def _prepare_streams(*, is_server: bool) -> None:
+    # If a stream is closed (`>&-` in a shell), the next socket would get its descriptor. Writing to a closed stdout
+    # fails, so that no message counts as printed.
+    output = os.O_WRONLY if is_server else os.O_RDONLY
+    for name, mode, flags in (("stdin", "r", os.O_RDONLY), ("stdout", "w", output), ("stderr", "w", os.O_WRONLY)):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process runs
+            setattr(sys, name, open(os.open(os.devnull, flags), mode))  # noqa: SIM115 - for as long as the process runs
     if isinstance(sys.stdout, io.TextIOWrapper):
         # The terminal's encoding may lack some characters.
         sys.stdout.reconfigure(errors="backslashreplace")

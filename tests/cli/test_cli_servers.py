@@ -205,6 +205,16 @@ def test_closed_standard_files_cause_no_traceback(
     assert process.stderr.count(b"\n") <= 1
 
 
+def test_message_does_not_count_as_read_if_stdout_is_closed(
+    topic: str, mq: DSMQClientSideConnection, tmp_path: Path
+) -> None:
+    mq.put(topic, "x")
+    command = f'"{sys.executable}" -m dsmq get {topic} --last 1 --position-file "{tmp_path}/at" >&-'
+    process = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, check=False)
+    assert (process.returncode, process.stderr) == (1, b"dsmq: Bad file descriptor\n")
+    assert not (tmp_path / "at").exists()
+
+
 # Other systems
 
 # Names that Windows lacks; macOS lacks some of them.
