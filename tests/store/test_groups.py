@@ -468,6 +468,27 @@ def test_lease_lasts_a_while_after_a_restart(store: ClockedStore, clock: Clock, 
         assert LEASE_AFTER_RESTART_MS - 1_000 < due <= LEASE_AFTER_RESTART_MS
 
 
+def test_messages_dropped_before_and_after_a_restart_are_counted_as_dropped(
+    store: ClockedStore, tmp_path: Path
+) -> None:
+    limits = Limits(topic=(TopicRule(b"t", max_messages=1, when_full=DROP_OLDEST),))
+    file = tmp_path / "snapshot"
+    store.limits = limits
+    put(store, b"t", b"1")
+    put(store, b"t", b"2")
+    put(store, b"t", b"3")
+    done(store, *take(store))
+    put(store, b"t", b"4")
+    put(store, b"t", b"5")
+    with snapshotting(store, file) as snapshotter:
+        assert snapshotter.save(at_once=True)
+    with restored(file) as other:
+        other.limits = limits
+        put(other, b"t", b"6")
+        assert [job.body for job in take(other)] == [b"6"]
+        assert (stats(other).counts.dropped, stats(other).counts.expired) == (2, 0)
+
+
 def test_snapshot_without_groups_is_loaded(store: ClockedStore, tmp_path: Path) -> None:
     import sqlite3
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsmq.store.group import Group, GroupCounts, HeldJob
 from dsmq.store.schema import Batch
@@ -36,6 +36,7 @@ class GroupSnapshots:
     """Copies all groups to a snapshot and restores them; part of `Groups`."""
 
     lock: threading.Lock
+    _source: Any
     _groups: dict[tuple[bytes, bytes], Group]
     _base: GroupCounts
     _count_memory: Callable[[Group], None]
@@ -64,7 +65,9 @@ class GroupSnapshots:
         if key in self._uncopied:
             row, group = self._uncopied.pop(key)
             head = row, group.key, group.name, group.used_at, group.position, *astuple(group.counts)
-            self._copies.append(_Copy(head, list(group.jobs.values()), group.done.copy(), group.numbers.copy()))
+            # The next server counts dropped messages from 0.
+            numbers = {topic: (last, was - self._source.dropped(topic)) for topic, (last, was) in group.numbers.items()}
+            self._copies.append(_Copy(head, list(group.jobs.values()), group.done.copy(), numbers))
 
     def _next_copy(self) -> _Copy | None:
         with self.lock:
