@@ -99,4 +99,4 @@ class Login:
             connection.set_bounds()
             self.admit()
         elif self.role is not Role.NOBODY and self.token not in tokens and (self.token or tokens):
-            connection.disconnect("the token is no longer valid")
+            connection.disconnect("the token is no longer valid, or has another role")
