@@ -160,8 +160,9 @@ def _add_work_options(parser: Parser) -> None:
 
 def _add_server_options(parser: Parser) -> None:
     about = (
-        "Defaults: the server settings in DSMQ_HOST, DSMQ_PORT, DSMQ_AUTH_TOKEN or DSMQ_AUTH_TOKEN_FILE, and "
-        "DSMQ_TLS_CERT_FILE; without --host, also those in the TOML file given by DSMQ_CONFIG."
+        "Defaults: DSMQ_SERVER, which may list several servers, or the server settings in DSMQ_HOST, DSMQ_PORT, "
+        "DSMQ_AUTH_TOKEN or DSMQ_AUTH_TOKEN_FILE, and DSMQ_TLS_CERT_FILE; without --host and DSMQ_SERVER, also those "
+        "in the TOML file given by DSMQ_CONFIG."
     )
     add = parser.add_argument_group("server", about).add_argument
     hosts = "address or name, optionally with :PORT, or unix:/path; separate several by commas; default: 127.0.0.1"
