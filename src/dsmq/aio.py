@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 def connect(  # noqa: PLR0913 - listed one by one for help() and editors
-    host: str | Sequence[str] = "127.0.0.1",
+    host: str | Sequence[str] = arguments.DEFAULT_HOST,
     port: int = 30008,
     *,
     retry: bool = True,

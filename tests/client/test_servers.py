@@ -288,6 +288,21 @@ def test_command_line_accepts_several_hosts(form: str) -> None:
         wait_until(lambda: one.status.totals().messages + two.status.totals().messages == 2)
 
 
+def test_hosts_come_from_environment_by_default(client: Callable[..., Both], monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as server:
+        monkeypatch.setenv("DSMQ_HOST", "nowhere.invalid")
+        monkeypatch.setenv("DSMQ_SERVER", f"{HOST}:1,{address(server)}")
+        client().put("t", "x")
+        client(address(server)).put("t", "x")
+        monkeypatch.setenv("DSMQ_SERVER", "")
+        monkeypatch.setenv("DSMQ_HOST", HOST)
+        client(port=server.port).put("t", "x")
+        wait_until(lambda: server.status.totals().messages == 3)
+    monkeypatch.setenv("DSMQ_SERVER", "a:0")
+    with pytest.raises(ValueError, match="DSMQ_SERVER: port should be 1 to 65535, not 0"):
+        client()
+
+
 def test_server_refuses_several_hosts() -> None:
     done = run_dsmq("serve", "--host", "a,b")
     assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)

@@ -49,7 +49,7 @@ T = TypeVar("T")
 
 
 def connect(  # noqa: PLR0913 - listed one by one for help() and editors
-    host: str | Sequence[str] = "127.0.0.1",
+    host: str | Sequence[str] = arguments.DEFAULT_HOST,
     port: int = 30008,
     verbose: bool = False,  # noqa: FBT001, FBT002 - positional in dsmq 1.4
     *,
@@ -67,9 +67,10 @@ def connect(  # noqa: PLR0913 - listed one by one for help() and editors
 ) -> DSMQClientSideConnection:
     """Connect to a server at an IPv4 or IPv6 address, a host name, or `unix:/path`.
 
-    host may name several servers, in a list or separated by commas, each optionally with its own port. If they share a
-    store, the client uses any of them and switches to the next one when its server fails. If they don't, each
-    connection is made to the first reachable one, and the client has a separate position at each.
+    host may name several servers, in a list or separated by commas, each optionally with its own port. Default: the
+    environment variable DSMQ_SERVER, else DSMQ_HOST, else 127.0.0.1. If several servers share a store, the client uses
+    any of them and switches to the next one when its server fails. If they don't, each connection is made to the first
+    reachable one, and the client has a separate position at each.
 
     timeout: the connection counts as lost if no part of an expected reply arrives for this many seconds, plus the time
     that a call asks the server to wait. All addresses of a host name are tried, a new one every 0.25 s. If nothing is

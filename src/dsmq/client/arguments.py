@@ -12,6 +12,14 @@ from dsmq.system import LONG_MESSAGE_BYTES, raise_malloc_threshold
 from dsmq.wire.addresses import UNIX, Endpoint, parse_endpoint, split_port
 from dsmq.wire.limits import MAX_NAMES
 
+
+class _Default(str):
+    """A string that differs from an equal one given by the caller."""
+
+    __slots__ = ()
+
+
+DEFAULT_HOST = _Default("127.0.0.1")
 MAX_PORT = 65_535
 MAX_NAME_LENGTH = 64
 # Shorter times need no further checks.
@@ -64,6 +72,20 @@ def endpoints(host: object, port: object) -> tuple[Endpoint, ...]:
     """
     if isinstance(port, bool) or not isinstance(port, int):
         raise TypeError(f"port should be an int, not {port!r}")
+    variable, value = default_host() if host is DEFAULT_HOST else ("", host)
+    try:
+        return tuple(dict.fromkeys(_endpoint(one, port) for one in _hosts(value)))
+    except ValueError as error:
+        raise ValueError(f"{variable}: {error}" if variable else str(error)) from None
+
+
+def default_host() -> tuple[str, str]:
+    """Return the first environment variable for clients that is set, or "", and its value, or this machine."""
+    found = ((name, os.environ.get(name)) for name in ("DSMQ_SERVER", "DSMQ_HOST"))
+    return next(((name, value) for name, value in found if value), ("", str(DEFAULT_HOST)))
+
+
+def _hosts(host: object) -> list[str]:
     if isinstance(host, list | tuple):
         hosts = [text("host", one) for one in host]
     else:
@@ -71,7 +93,7 @@ def endpoints(host: object, port: object) -> tuple[Endpoint, ...]:
         hosts = [name] if name.startswith(UNIX) else [one.strip() for one in name.split(",")]
     if not hosts:
         raise ValueError("host should not be empty")
-    return tuple(dict.fromkeys(_endpoint(one, port) for one in hosts))
+    return hosts
 
 
 def _endpoint(address: str, default_port: int) -> Endpoint:

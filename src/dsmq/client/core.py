@@ -202,7 +202,7 @@ class Client:
         self._core = Core(host, port, options)
         self._session = self._core.session
         self._options = options
-        self.host = host
+        self.host = arguments.default_host()[1] if host is arguments.DEFAULT_HOST else host
         self.port = port
 
     def __repr__(self) -> str:
