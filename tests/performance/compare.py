@@ -276,11 +276,11 @@ def main() -> None:
     where = "servers on one core, clients on the other" if options.apart else "placed by the kernel"
     about = (
         f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {len(cores)} cores,\n{where}, "
-        f"medians (and quartiles) of {options.rounds} rounds"
+        f"medians of {options.rounds} rounds"
     )
     versions = brokers.versions(names)
     print(f"{about}\n" + ", ".join(f"{name} {version}" for name, version in versions.items()))
-    print("A ratio is dsmq's figure divided by the peer's.\n")
+    print("A ratio is dsmq's figure divided by the peer's. Quartiles are in parentheses.\n")
     print("\n\n".join("\n".join(lines(table)) for table in tables))
     if options.json:
         facts = {"about": about, "versions": versions, "figures": {table.unit: table.figures for table in tables}}
