@@ -8,7 +8,7 @@ import pytest
 
 from chaos import run
 from chaos.job_scenarios import JOB_SCENARIOS
-from chaos.mutants import MUTANTS
+from chaos.mutants import MUTANTS, Mutant, loses_puts, skips, swaps
 from chaos.scenarios import SCENARIOS
 from chaos.stage import NotHere
 
@@ -35,9 +35,9 @@ def test_no_promise_breaks(name: str) -> None:
     assert not outcome.violations, run.show(outcome)
 
 
-@pytest.mark.parametrize("name", ["loses_puts", "skips", "swaps"])
-def test_defect_is_found(name: str) -> None:
+@pytest.mark.parametrize("mutant", [loses_puts, skips, swaps])
+def test_defect_is_found(mutant: Mutant) -> None:
     """The others are left to `tests/chaos --mutants`."""
-    mutant, (scenario, kind) = next(found for found in MUTANTS.items() if found[0].__name__ == name)
+    scenario, kind = MUTANTS[mutant]
     outcome = run.play(scenario, SEED, mutant=mutant.__name__)
     assert kind in {violation.kind for violation in outcome.violations}

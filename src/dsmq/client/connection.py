@@ -35,7 +35,7 @@ _LONGEST_TIMEOUT = 1e6
 # After a longer pause, check that a connection is still open before sending.
 LONG_PAUSE_SECONDS = 0.1
 CLOSED_BY_SERVER = "the server has closed the connection"
-# Sending more than this at once may take longer than the timeout of a reply.
+# Sending more than this at once may take longer than the reply timeout.
 LONG_BYTES = 16_384
 # If the system does not tell how much the server has received, a slower link times out, as it does on the server.
 _SLOWEST_SECONDS_PER_BYTE = 1 / 16_384

@@ -88,9 +88,8 @@ class HTTPEndpoint:
             else:
                 self._make_room()
                 self._serve_in_thread(sock, address)
-            self._cut_off_late()
-        for sock in self._waiting_longer_than(0.0):
-            self._cut_off(sock)
+            self._cut_off_after(REQUEST_TIMEOUT_SECONDS)
+        self._cut_off_after(0.0)
 
     def _make_room(self) -> None:
         """While there are too many connections, wait for one to close, or cut off the oldest after its grace period."""
@@ -102,10 +101,10 @@ class HTTPEndpoint:
                 self._cut_off(late[0])
             else:
                 self._one_closed.wait(POLL_SECONDS)
-                self._cut_off_late()
+                self._cut_off_after(REQUEST_TIMEOUT_SECONDS)
 
-    def _cut_off_late(self) -> None:
-        for sock in self._waiting_longer_than(REQUEST_TIMEOUT_SECONDS):
+    def _cut_off_after(self, seconds: float) -> None:
+        for sock in self._waiting_longer_than(seconds):
             self._cut_off(sock)
 
     def _cut_off(self, sock: socket.socket) -> None:
