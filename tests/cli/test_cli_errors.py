@@ -288,6 +288,7 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty").touch()
     (folder / "folder").mkdir()
     (folder / "secret").touch(0)
+    os.mkfifo(folder / "pipe")
     return folder
 
 
@@ -308,6 +309,8 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("cert", "missing", "{key}: {folder}/missing: No such file or directory"),
         ("secret", "key", "{cert}: {folder}/secret: Permission denied"),
         ("cert", "secret", "{key}: {folder}/secret: Permission denied"),
+        ("pipe", "key", "{cert}: {folder}/pipe: not a regular file"),
+        ("cert", "pipe", "{key}: {folder}/pipe: not a regular file"),
     ],
 )
 def test_invalid_certificate_or_key_is_reported(cert: str, key: str, expected: str, pem: Path) -> None:
@@ -321,7 +324,7 @@ def test_invalid_certificate_or_key_is_reported(cert: str, key: str, expected: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["empty", "key", "folder", "missing", "secret"])
+@pytest.mark.parametrize("name", ["empty", "key", "folder", "missing", "pipe", "secret"])
 def test_invalid_ca_file_is_reported(name: str, pem: Path) -> None:
     server = f"serve --port 0 --http-port off --tls-cert-file {pem}/cert --tls-key-file {pem}/key --tls-client-ca-file"
     for words, option in (("ping --ca-file", "--ca-file"), (server, "tls_client_ca_file")):

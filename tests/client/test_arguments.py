@@ -226,6 +226,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"cert_file": "none.pem", "key_file": "key.pem"}, "^cert_file: .*/none.pem: no certificate"),
         ({"ca_file": "none.pem"}, "^ca_file: .*/none.pem: no certificate"),
         ({"ca_file": "missing.pem"}, "^ca_file: .*/missing.pem: No such file"),
+        ({"ca_file": "/dev/zero"}, "^ca_file: /dev/zero: not a regular file"),
         ({"key_file": "key.pem"}, "key_file without cert_file"),
     ],
 )

@@ -90,7 +90,7 @@ def _new_context(protocol: int) -> ssl.SSLContext:
 
 
 def _load_authorities(context: ssl.SSLContext, source: _Source) -> None:
-    _check_size(source)
+    _check_file(source)
     try:
         context.load_verify_locations(source[1])
     except (OSError, ValueError) as error:
@@ -99,8 +99,8 @@ def _load_authorities(context: ssl.SSLContext, source: _Source) -> None:
 
 def _load_pair(context: ssl.SSLContext, cert: _Source, key: _Source) -> None:
     key = key if key[1] else cert
-    _check_size(cert)
-    _check_size(key)
+    _check_file(cert)
+    _check_file(key)
     try:
         # An empty password keeps OpenSSL from prompting for one.
         context.load_cert_chain(cert[1], key[1], "")
@@ -108,9 +108,14 @@ def _load_pair(context: ssl.SSLContext, cert: _Source, key: _Source) -> None:
         raise _pair_error(cert, key, error) from None
 
 
-def _check_size(source: _Source) -> None:
-    if os.path.isfile(source[1]) and os.path.getsize(source[1]) > _MAX_FILE_BYTES:
-        raise _invalid(source, f"longer than {_MAX_FILE_BYTES} bytes")
+def _check_file(source: _Source) -> None:
+    path = source[1]
+    if os.path.isfile(path):
+        if os.path.getsize(path) > _MAX_FILE_BYTES:
+            raise _invalid(source, f"longer than {_MAX_FILE_BYTES} bytes")
+    elif os.path.exists(path) and not os.path.isdir(path):
+        # A pipe may never end, and can't be read again in a reload.
+        raise _invalid(source, "not a regular file")
 
 
 def _pair_error(cert: _Source, key: _Source, error: Exception) -> ConfigError:
