@@ -162,6 +162,17 @@ def test_proxy_is_retried_until_server_answers() -> None:
 
 
 @CONNECTS
+def test_address_behind_which_no_server_answers_is_tried_last(
+    server: Server, connect: Connect, resolve: Resolve
+) -> None:
+    with front() as (port, accepted):
+        resolve("name", ("127.0.0.1", port), ("127.0.0.1", server.port))
+        connect("name", timeout=SOON)
+        # One connection for HELLO, and one to ask whether it is an MQTT broker.
+        assert len(accepted) == 2
+
+
+@CONNECTS
 @pytest.mark.parametrize(
     ("reply", "name"),
     [

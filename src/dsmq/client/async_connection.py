@@ -259,6 +259,7 @@ async def _connect(core: Core, endpoint: Endpoint) -> tuple[Connection, State]:
     except BaseException as error:
         if connection is not None:
             connection.fail(ConnectionResetError("not a usable connection"))
+            core.silent_addresses += isinstance(error, OSError) and not connection.received
         if isinstance(error, TimeoutError) and not str(error):
             raise TimeoutError(f"{endpoint}: no reply within {core.timeout:g} s") from None
         if connection is not None and isinstance(error, ReplyError | OSError):
@@ -273,7 +274,7 @@ async def _connect(core: Core, endpoint: Endpoint) -> tuple[Connection, State]:
 
 
 async def _open(core: Core, endpoint: Endpoint, limit: asyncio.Timeout) -> Connection:
-    found = await _addresses(endpoint)
+    found = await _addresses(endpoint, core.silent_addresses)
     # These attempts have their own timeout, and errors that name the addresses.
     limit.reschedule(None)
     with Race(endpoint, found) as race:
@@ -302,10 +303,10 @@ async def _select(race: Race, seconds: float) -> None:
         pause = min(2 * pause, _LONGEST_POLL_SECONDS)
 
 
-async def _addresses(endpoint: Endpoint) -> list[tuple[int, int, int, Any]]:
+async def _addresses(endpoint: Endpoint, skip: int) -> list[tuple[int, int, int, Any]]:
     try:
         if endpoint.host:
             socket.getaddrinfo(endpoint.host, None, flags=socket.AI_NUMERICHOST)
     except (OSError, UnicodeError):
-        return await asyncio.get_running_loop().run_in_executor(None, addresses, endpoint)
-    return addresses(endpoint)
+        return await asyncio.get_running_loop().run_in_executor(None, addresses, endpoint, skip)
+    return addresses(endpoint, skip)

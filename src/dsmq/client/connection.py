@@ -49,7 +49,7 @@ _LONGEST_SLEEP_SECONDS = 1.0
 class Connection:
     """One connection to the server."""
 
-    def __init__(self, endpoint: Endpoint, tls: SSLContext | None, timeout: float) -> None:
+    def __init__(self, endpoint: Endpoint, tls: SSLContext | None, timeout: float, skip: int = 0) -> None:
         self.endpoint = endpoint
         self.producer = Producer(b"")
         self.used_at = math.inf
@@ -64,7 +64,7 @@ class Connection:
         self._receive_bytes = _RECEIVE_BYTES
         self.received = b""
         """The data received last."""
-        self._socket = dial(endpoint, tls, min(timeout, _LONGEST_TIMEOUT))
+        self._socket = dial(endpoint, tls, min(timeout, _LONGEST_TIMEOUT), skip)
         # An interrupted call may drop the connection at any point.
         weakref.finalize(self, self._socket.close)
         self._selector = Selector()

@@ -95,6 +95,8 @@ class Core:
         self.endpoints = arguments.endpoints(host, port)
         self.endpoint = self.endpoints[0]
         """The server to connect to now."""
+        self.silent_addresses = 0
+        """How many addresses have accepted a connection without answering, so others are tried before them."""
         self._failed = self.endpoint
         self._has_chosen = len(self.endpoints) == 1
         self.tls = tls_context(options)

@@ -92,9 +92,9 @@ def certified_name(endpoint: Endpoint) -> str:
     return endpoint.host or "localhost"
 
 
-def dial(endpoint: Endpoint, tls: SSLContext | None, timeout: float) -> socket.socket | TLSSocket:
-    """Return a non-blocking connection. Raises OSError."""
-    sock = _connect(endpoint, timeout)
+def dial(endpoint: Endpoint, tls: SSLContext | None, timeout: float, skip: int) -> socket.socket | TLSSocket:
+    """Return a non-blocking connection. `skip` is as for `addresses`. Raises OSError."""
+    sock = _connect(endpoint, timeout, skip)
     if tls is None:
         return sock
     from dsmq.wire.tls import connect  # noqa: PLC0415 - most clients don't need it
@@ -107,8 +107,8 @@ def dial(endpoint: Endpoint, tls: SSLContext | None, timeout: float) -> socket.s
         raise explain_failure(endpoint, error) from None
 
 
-def _connect(endpoint: Endpoint, timeout: float) -> socket.socket:
-    with Race(endpoint, addresses(endpoint)) as race:
+def _connect(endpoint: Endpoint, timeout: float, skip: int = 0) -> socket.socket:
+    with Race(endpoint, addresses(endpoint, skip)) as race:
         for seconds in race.run(timeout):
             race.selector.select(seconds)
     return race.winner
@@ -127,8 +127,11 @@ def explain_failure(endpoint: Endpoint, error: OSError) -> OSError:
     return error
 
 
-def addresses(endpoint: Endpoint) -> list[Address]:
-    """Return the addresses of a host, alternating between families (RFC 8305, section 4). Raises OSError."""
+def addresses(endpoint: Endpoint, skip: int = 0) -> list[Address]:
+    """Return the addresses of a host, alternating between families (RFC 8305, section 4). Raises OSError.
+
+    The first `skip` come last.
+    """
     if endpoint.path:
         if not hasattr(socket, "AF_UNIX"):
             raise OSError(errno.EAFNOSUPPORT, f"{endpoint}: this system has no Unix sockets")
@@ -142,7 +145,9 @@ def addresses(endpoint: Endpoint) -> list[Address]:
     families: dict[int, list[Address]] = {}
     for family, kind, protocol, _, address in found:
         families.setdefault(family, []).append((family, kind, protocol, address))
-    return [one for one in chain.from_iterable(zip_longest(*families.values())) if one]
+    ordered = [one for one in chain.from_iterable(zip_longest(*families.values())) if one]
+    skip %= len(ordered)
+    return ordered[skip:] + ordered[:skip]
 
 
 class Race:

@@ -105,7 +105,7 @@ class Pool:
         core.raise_if_closed("the client is closed")
         connection = None
         try:
-            connection = Connection(endpoint, core.tls, core.timeout)
+            connection = Connection(endpoint, core.tls, core.timeout, core.silent_addresses)
             connection.ask(hello := Call(core.session.hello))
             core.raise_if_closed()
             state, era = core.session.handle_hello(hello.reply)
@@ -116,6 +116,7 @@ class Pool:
         except BaseException as error:
             if connection is not None:
                 connection.close()
+                core.silent_addresses += isinstance(error, OSError) and not connection.received
                 if isinstance(error, ReplyError | OSError):
                     is_first = not core.session.epoch
                     raise explain_greeting(endpoint, connection.received, error, is_first=is_first) from None
