@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from snapshotting import restored, snapshotting
+from snapshotting import MAX_AGE, SAVED_AT, restored, snapshotting
 from stores import Clock, ClockedStore, expire_all, put
 from working import AGE, LEASE, W, clock, stats, store, take
 
@@ -272,6 +272,79 @@ def test_messages_that_expire_or_are_dropped_untaken_are_counted(store: ClockedS
     put(store, b"t", b"6")
     assert ids(take(store)) == [6]
     assert (stats(store).counts.expired, stats(store).counts.dropped) == (2, 1)
+
+
+@pytest.mark.parametrize("key", [b"t", b"*"])
+def test_untaken_messages_are_counted_even_if_no_newer_one_is_taken(
+    store: ClockedStore, clock: Clock, key: bytes
+) -> None:
+    store.limits = Limits(topic=(TopicRule(b"t", max_messages=2, when_full=DROP_OLDEST),))
+    put(store, b"t", b"1")
+    done(store, *take(store, key), key=key)
+    for body in (b"2", b"3", b"4"):
+        put(store, b"t", body)
+    clock.now += AGE
+    assert [job.body for job in take(store, key, lease_ms=AGE)] == [b"3"]
+    assert (stats(store).counts.expired, stats(store).counts.dropped) == (0, 1)
+    clock.now += 1
+    expire_all(store)
+    for _ in range(2):
+        store.groups.expire()
+        # The job that was taken may still be done.
+        assert (stats(store).counts.expired, stats(store).counts.dropped) == (1, 1)
+
+
+def test_messages_put_after_the_last_use_of_a_group_count_as_untaken(store: ClockedStore, clock: Clock) -> None:
+    assert take(store) == []
+    clock.now += 1_000
+    put(store, b"t", b"1")
+    clock.now += AGE
+    store.groups.expire()
+    assert store.groups.count == 1
+    clock.now += 1
+    expire_all(store)
+    store.groups.expire()
+    assert store.groups.count == 0
+    assert store.groups.counts().expired == 1
+
+
+def test_group_is_forgotten_though_messages_wait(store: ClockedStore, clock: Clock) -> None:
+    assert take(store) == []
+    for _ in range(4):
+        put(store, b"t", b"1")
+        clock.now += AGE // 2
+        expire_all(store)
+        store.groups.expire()
+    assert store.groups.count == 1
+    clock.now += 1
+    store.groups.expire()
+    assert store.groups.count == 0
+    assert store.groups.counts().expired == 2
+
+
+def test_messages_count_as_untaken_from_the_first_worker_on(store: ClockedStore, clock: Clock) -> None:
+    put(store, b"t", b"1")
+    clock.now += AGE + 1
+    expire_all(store)
+    assert take(store) == []
+    put(store, b"t", b"2", b"3")
+    clock.now += AGE
+    assert take(store, token=b"1", lease_ms=AGE)
+    clock.now += 1
+    expire_all(store)
+    store.groups.expire()
+    assert stats(store).counts.expired == 1
+
+
+def test_messages_that_expire_while_the_server_is_down_count_as_untaken(store: ClockedStore, tmp_path: Path) -> None:
+    put(store, b"t", b"1", b"2", b"3")
+    take(store)
+    file = tmp_path / "snapshot"
+    with snapshotting(store, file) as snapshotter:
+        assert snapshotter.save(at_once=True)
+    with restored(file, SAVED_AT + MAX_AGE / 1000 + 1) as other:
+        other.groups.expire()
+        assert stats(other).counts.expired == 2
 
 
 def test_unused_group_is_forgotten_unless_a_worker_has_a_job(store: ClockedStore, clock: Clock) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from dsmq.errors import Full, JobLost
 from dsmq.store import groups
+from dsmq.store.api import DROP_OLDEST, Limits, TopicRule
 from dsmq.store.group import GroupCounts, Receipt
 from dsmq.store.groups import GroupLimits, Job, Take
 from dsmq.store.nats import NATSStore
@@ -20,6 +22,7 @@ from dsmq.store.nats_group_plan import Refused, SharedGroup, apply_plan
 from dsmq.store.nats_group_state import read_state, write_state
 from dsmq.store.nats_room import FACTS_LEAVE
 from dsmq.store.selection import Selection
+from dsmq.store.sqlite import MirrorStore
 from helpers import SOON, reached, wait_until
 from store.test_nats import Stores, bodies, in_engine, put, read, stores, value
 
@@ -257,6 +260,8 @@ def test_messages_that_expire_untaken_are_counted_alike(stores: Stores) -> None:
     put(one, b"t", b"2", b"3")
     lost = take(one, lease_ms=1)
     list(map(value, one.purge(Selection([b"t"]))))
+    for store in (one, other):
+        wait_until(lambda store=store: not store.groups.expire() and view(store)[0][4].expired == 1)
     put(one, b"t", b"4")
     assert [job.body for job in take(other, count=2)] == [b"4"]
     # That server may have learned of the lease only in the same millisecond.
@@ -264,6 +269,20 @@ def test_messages_that_expire_untaken_are_counted_alike(stores: Stores) -> None:
     await_same(one, other)
     with pytest.raises(JobLost):
         done(one, lost)
+
+
+def test_messages_dropped_untaken_are_counted_alike(stores: Stores) -> None:
+    rules = Limits(topic=(TopicRule(b"t", max_messages=2, when_full=DROP_OLDEST),))
+    servers = [stores(limits=rules), stores()]
+    put(servers[0], b"t", b"x")
+    for count in range(1, 4):
+        # Servers take in turn, including one that has started since.
+        done(servers[-1], take(servers[-1]))
+        put(servers[0], b"t", *[b"x"] * 5)
+        done(servers[0], take(servers[0]))
+        servers.append(stores())
+        await_same(*servers)
+        assert (view(servers[-1])[0][4].dropped, view(servers[-1])[0][4].expired) == (3 * count, 0)
 
 
 def test_limits_are_checked_once_mirror_is_up_to_date(stores: Stores) -> None:
@@ -409,10 +428,11 @@ def test_both_servers_get_jobs(stores: Stores) -> None:
 
 def test_repeated_request_planned_without_knowing_of_the_first_is_refused() -> None:
     group = SharedGroup(b"t", W, Selection([b"t"]), 0)
-    apply_plan(group, [0, 1, [["x", "w", LONG, {"t": [[1, 1, 0]]}, [], []]], [], []], 5, 0, 0)
-    with pytest.raises(Refused):
-        apply_plan(group, [1, 2, [["x", "w", LONG, {"t": [[2, 2, 0]]}, [], []]], [], []], 6, 0, 0)
-    apply_plan(group, [1, 2, [["y", "w", LONG, {"t": [[2, 2, 0]]}, [], []]], [], []], 7, 0, 0)
+    with closing(MirrorStore(LONG)) as source:
+        apply_plan(group, [0, 1, [["x", "w", LONG, {"t": [[1, 1]]}, [], []]], [], []], 5, 0, source)
+        with pytest.raises(Refused):
+            apply_plan(group, [1, 2, [["x", "w", LONG, {"t": [[2, 2]]}, [], []]], [], []], 6, 0, source)
+        apply_plan(group, [1, 2, [["y", "w", LONG, {"t": [[2, 2]]}, [], []]], [], []], 7, 0, source)
 
 
 # Servers that start later

@@ -8,7 +8,6 @@ waiting to be given again.
 from __future__ import annotations
 
 import heapq
-import sys
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -114,7 +113,7 @@ class Group:
     done: dict[int, int] = field(default_factory=dict)
     """The attempts that finished jobs, by the jobs' ids."""
     numbers: dict[bytes, tuple[int, int]] = field(default_factory=dict)
-    """For each topic: the last number given and the number of messages that it had dropped by then."""
+    """For each topic: the last number given or counted, and the number of messages that it had dropped by then."""
     counts: GroupCounts = field(default_factory=GroupCounts)
     in_flight: int = 0
     """The number of jobs that are in flight."""
@@ -270,18 +269,29 @@ class Group:
     def count_until(self, topic: bytes, number: int, dropped: int) -> None:
         """Count a topic's messages before this number that were not taken; the topic has dropped `dropped` so far.
 
-        Counting starts with the first message taken. If the topic's numbers restart, nothing is missing.
+        Counting starts with the first call. If the topic's numbers restart, nothing is missing.
         """
-        last, dropped_before = self.numbers.pop(topic, (sys.maxsize, 0))
-        if (missing := number - last - 1) > 0:
-            were_dropped = min(missing, max(0, dropped - dropped_before))
-            self.counts.dropped += were_dropped
-            self.counts.expired += missing - were_dropped
-        elif last == sys.maxsize:
+        last = self.numbers.pop(topic, None)
+        if last is None:
             self.other_bytes += NUMBER_BYTES + len(topic)
+        else:
+            self._count_untaken(last, number - 1, dropped)
         self.numbers[topic] = number, dropped
         if len(self.numbers) > MAX_NUMBERS:
             self._forget_numbers(1)
+
+    def count_deleted(self, topic: bytes, number: int, dropped: int) -> None:
+        """Count a topic's messages up to this number that were deleted before they were taken."""
+        last = self.numbers[topic]
+        if number > last[0]:
+            self._count_untaken(last, number, dropped)
+            self.numbers[topic] = number, dropped
+
+    def _count_untaken(self, last: tuple[int, int], number: int, dropped: int) -> None:
+        if (missing := number - last[0]) > 0:
+            were_dropped = min(missing, max(0, dropped - last[1]))
+            self.counts.dropped += were_dropped
+            self.counts.expired += missing - were_dropped
 
     def _forget_numbers(self, count: int) -> None:
         """Forget the numbers of the topics from which no job was given for longest."""

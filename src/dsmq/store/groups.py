@@ -24,6 +24,7 @@ from dsmq.store.selection import Selection
 from dsmq.terminal import quoted
 
 if TYPE_CHECKING:
+    from dsmq.store.database import Database
     from dsmq.store.topics import TopicTable
 
 FAILED_SUFFIX = b"/failed"
@@ -92,6 +93,7 @@ class Source:
     max_age_ms: int
     _clock: Callable[[], int]
     _topics: TopicTable
+    _database: Database
 
     def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> list[Message]:
         raise NotImplementedError
@@ -109,6 +111,12 @@ class Source:
     def dropped(self, topic: bytes) -> int:
         """Return the number of messages that a topic has dropped to make room for newer ones."""
         return self._topics.dropped_by_name.get(topic, 0)
+
+    def numbers(self, topic: bytes) -> tuple[int, int, int]:
+        """Return a topic's last number, the number of the last message deleted, and how many it has dropped."""
+        with self._database.lock:
+            found = self._topics.find(topic)
+            return found.last_number, found.deleted, self.dropped(topic)
 
     @property
     def stored_state(self) -> tuple[int, int, object]:
@@ -183,7 +191,31 @@ class Groups(GroupFigures, GroupSnapshots):
     def _begin(self, request: Take, now: int) -> Group:
         group = Group(request.key, request.group, request.selection, now)
         self._groups[request.key, request.group] = group
+        self._begin_counting(group)
         return group
+
+    def _begin_counting(self, group: Group) -> None:
+        """Count messages that expire from now on; with a pattern, those of a topic from the first one taken."""
+        if not (group.selection.patterns or group.numbers):
+            group.count_until(group.key, *self._source.numbers(group.key)[1:])
+
+    def _is_unused(self, group: Group, now: int) -> bool:
+        """Count deleted messages; return whether to forget a group, because all messages given have expired.
+
+        While others wait, it is remembered for twice as long, to count those that expire.
+        """
+        is_waiting = self._count_deleted(group)
+        longest = self._source.longest_age_ms() * (2 if is_waiting else 1)
+        return group.next_due is None and now - group.used_at > longest
+
+    def _count_deleted(self, group: Group) -> bool:
+        """Count messages that were deleted before they were taken; return whether others are waiting."""
+        is_waiting = False
+        for topic, (taken, _) in group.numbers.items():
+            last, deleted, dropped = self._source.numbers(topic)
+            group.count_deleted(topic, deleted, dropped)
+            is_waiting = is_waiting or last > max(taken, deleted)
+        return is_waiting
 
     def _count_memory(self, group: Group) -> None:
         """Count a group's memory after it has grown. If it has shrunk, that can wait for `expire` or `_make_room`."""
@@ -370,8 +402,7 @@ class Groups(GroupFigures, GroupSnapshots):
                 self._count_memory(group)
                 due = group.next_due
                 is_done = is_done and not group.failed and (due is None or due > now)
-                if due is None and now - group.used_at > self._source.longest_age_ms():
-                    # No worker holds a job, and all messages given have expired.
+                if self._is_unused(group, now):
                     self._forget(key, group)
         if moved:
             self.on_messages(moved)

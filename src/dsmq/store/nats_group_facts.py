@@ -29,7 +29,10 @@ Call = Callable[[Exception | None], None]
 
 
 class GroupFacts:
-    """Applies facts to the state of all groups, which nothing else changes; part of `NATSGroups`."""
+    """Applies facts to the state of all groups; part of `NATSGroups`.
+
+    Nothing else changes the state, but each server itself counts the jobs that expire.
+    """
 
     lock: threading.Lock
     on_available: Callable[[Key], None]
@@ -39,6 +42,7 @@ class GroupFacts:
     _base: GroupCounts
     _forget: Callable[..., None]
     _count_memory: Callable[..., None]
+    _begin_counting: Callable[..., None]
     # The methods that change groups directly, without an engine.
     _done: Callable[..., object]
     _give_back: Callable[..., object]
@@ -79,6 +83,8 @@ class GroupFacts:
         """Count jobs from here on, because the mirror is complete."""
         for group in self._groups.values():
             self._base.add(group.counts, -1)
+            # Each server counts dropped messages from its start.
+            group.numbers = {topic: (last, self._source.dropped(topic)) for topic, (last, _) in group.numbers.items()}
 
     def _publish(self, call: Call, what: str, key: Key, *values: object) -> None:
         """Publish a fact; `call` gets None once it is applied, or the reason why it is not."""
@@ -144,10 +150,10 @@ class GroupFacts:
 
     def _apply_take(self, key: Key, values: list[Any], message_id: int, age_ms: int) -> None:
         with self.lock:
-            now = self._source.now()
-            group = self._groups.get(key) or SharedGroup(*key, Selection([key[0]]), now)
+            group = self._groups.get(key) or SharedGroup(*key, Selection([key[0]]), self._source.now())
             due = group.next_due
-            apply_plan(group, values, message_id, now, age_ms)
+            apply_plan(group, values, message_id, age_ms, self._source)
+            self._begin_counting(group)
             self._groups[key] = group
         if due is None or (group.next_due or due) < due:
             # Other waiting workers have to try again when these leases end.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dsmq.store.group import FAILED, READY, Group, HeldJob, Receipt
 
 if TYPE_CHECKING:
-    from dsmq.store.groups import Take
+    from dsmq.store.groups import Source, Take
 
 # The bytes that a job takes in a fact, without its topic; each byte of a name may take several.
 _JOB_BYTES, _NAME_FACTOR = 80, 6
@@ -84,8 +84,8 @@ class _Given:
     """The jobs for one request."""
 
     request: Take
-    new: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
-    """By topic: id, number in the topic, and how many messages the topic has dropped."""
+    new: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """By topic: id and number in the topic."""
     again: list[Version] = field(default_factory=list)
     repeated: list[Version] = field(default_factory=list)
     """Jobs that were given for an earlier request with the same token."""
@@ -104,7 +104,7 @@ class Plan(Group):
     is_use: bool = False
     """Whether to publish it even if it changes nothing, because the group would be forgotten otherwise."""
     _given: list[_Given] = field(default_factory=list)
-    _skipped: list[tuple[str, int, int]] = field(default_factory=list)
+    _skipped: list[tuple[str, int]] = field(default_factory=list)
     _expired: list[Version] = field(default_factory=list)
     _popped: dict[int, HeldJob] = field(default_factory=dict)
     _planned: int = 0
@@ -163,12 +163,12 @@ class Plan(Group):
                 return _copy(job)
         return None
 
-    def count_until(self, topic: bytes, number: int, dropped: int) -> None:
-        self._skipped.append((as_text(topic), number, dropped))
+    def count_until(self, topic: bytes, number: int, dropped: int) -> None:  # noqa: ARG002
+        self._skipped.append((as_text(topic), number))
 
     def add(self, message_id: int, topic: bytes) -> HeldJob:
-        name, number, dropped = self._skipped.pop()
-        self._given[-1].new.setdefault(name, []).append((message_id, number, dropped))
+        name, number = self._skipped.pop()
+        self._given[-1].new.setdefault(name, []).append((message_id, number))
         self._planned += 1
         return HeldJob(message_id, topic)
 
@@ -194,7 +194,7 @@ def _copy(job: HeldJob) -> HeldJob:
     return HeldJob(job.id, job.topic, job.attempt, version=job.version)
 
 
-def apply_plan(group: SharedGroup, fact: list[Any], message_id: int, now: int, age_ms: int) -> None:
+def apply_plan(group: SharedGroup, fact: list[Any], message_id: int, age_ms: int, source: Source) -> None:
     """Make the changes of a plan. The id and the age are those of its fact. Raises Refused."""
     position, reached, given, skipped, expired = fact
     gone = {one for one, _ in expired}
@@ -210,10 +210,10 @@ def apply_plan(group: SharedGroup, fact: list[Any], message_id: int, now: int, a
     for one in gone:
         group.remove(group.jobs[one])
     group.counts.expired += len(gone)
-    for topic, number, dropped in skipped:
-        group.count_until(as_bytes(topic), number, dropped)
+    for topic, number in skipped:
+        group.count_until(as_bytes(topic), number, source.dropped(as_bytes(topic)))
     for one in given:
-        for job in _apply_given(group, one, now, age_ms):
+        for job in _apply_given(group, one, age_ms, source):
             job.version = message_id
     group.position = reached
 
@@ -224,14 +224,15 @@ def _conflicts(group: SharedGroup, given: list[Any], gone: set[int]) -> bool:
     return any(job.id not in repeated for job in group.repeat(as_bytes(given[0])))
 
 
-def _apply_given(group: SharedGroup, given: list[Any], now: int, age_ms: int) -> list[HeldJob]:
+def _apply_given(group: SharedGroup, given: list[Any], age_ms: int, source: Source) -> list[HeldJob]:
     token, worker, lease_ms, new, again, repeated = given
+    now = source.now()
     until, since = now + max(0, lease_ms - age_ms), max(0, now - age_ms)
     jobs = []
     # Add jobs in the order of ids, like all jobs of a group.
-    for message_id, number, dropped, topic in sorted((*one, topic) for topic, found in new.items() for one in found):
+    for message_id, number, topic in sorted((*one, topic) for topic, found in new.items() for one in found):
         name = as_bytes(topic)
-        group.count_until(name, number, dropped)
+        group.count_until(name, number, source.dropped(name))
         jobs.append(group.add(message_id, name))
     group.counts.repeated += len(again)
     jobs += [group.jobs[one] for one, _ in again]

@@ -87,7 +87,8 @@ def copy_state(groups: Iterable[SharedGroup], now: int) -> Iterator[bytes]:
         names = as_text(group.key), as_text(group.name)
         head = (*names, now - group.used_at, group.position, group.changed_by, astuple(group.counts))
         jobs = [(*_values(job, now), job.token, job.worker) for job in group.jobs.values()]
-        copied.append((head, list(group.numbers.items()), list(group.done.items()), jobs))
+        numbers = [(topic, number) for topic, (number, _) in group.numbers.items()]
+        copied.append((head, numbers, list(group.done.items()), jobs))
     return _encode(copied)
 
 
@@ -98,8 +99,8 @@ def _values(job: HeldJob, now: int) -> tuple[int, bytes, int, int, bool, int, in
 def _encode(copied: Sequence[tuple[Any, ...]]) -> Iterator[bytes]:
     for head, numbers, done, jobs in copied:
         yield json.dumps(["group", head]).encode()
-        for topic, last in numbers:
-            yield json.dumps(["number", as_text(topic), last]).encode()
+        for topic, number in numbers:
+            yield json.dumps(["number", as_text(topic), number]).encode()
         for at in range(0, len(done), _ROW_JOBS):
             yield json.dumps(["done", done[at : at + _ROW_JOBS]]).encode()
         for message_id, topic, *values, token, worker in jobs:
@@ -118,8 +119,8 @@ def load_state(parts: Iterable[bytes], now: int, age_ms: int) -> Iterator[Shared
                 selection = Selection(names[:1])
                 group = SharedGroup(*names, selection, now - age_ms - unused_ms, position, counts=GroupCounts(*counts))
                 group.changed_by = changed_by
-            case ["number", topic, last] if group:
-                group.count_until(as_bytes(topic), *last)
+            case ["number", topic, number] if group:
+                group.count_until(as_bytes(topic), number, 0)
             case ["done", done] if group:
                 group.done.update(done)
             case ["job", message_id, topic, attempt, version, is_held, left_ms, held_ms, token, worker] if group:

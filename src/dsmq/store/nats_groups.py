@@ -134,7 +134,7 @@ class NATSGroups(GroupFacts, Groups):
                 due = group.next_due
                 is_done = is_done and (due is None or due > now)
                 failed = self._failed(key, group)
-                is_unused = due is None and now - group.used_at > self._source.longest_age_ms()
+                is_unused = self._is_unused(group, now)
             if is_unused:
                 self._end(key, 0, "forget", group.changed_by)
             for job in failed:
