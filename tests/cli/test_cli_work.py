@@ -95,7 +95,9 @@ def test_signal_is_passed_on_and_job_given_back(
     code = "import subprocess\nsubprocess.Popen(['sleep', '1000'])\nprint('started', flush=True)\n"
     if finishes:
         code = f"import signal\nsignal.signal({number}, lambda *_: sys.exit(0))\n{code}"
-    with started("work", topic, "--delay", "1h", *program(f"{code}time.sleep(1000)")) as process:
+    # A signal that arrives just before a long sleep would be handled only after it.
+    code += f"while True: time.sleep({UNIT / 10})"
+    with started("work", topic, "--delay", "1h", *program(code)) as process:
         assert line_of(process) == b"started\n"
         process.send_signal(number)
         status, out, err = ended(process)
