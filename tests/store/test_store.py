@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sqlite3
 import sys
 import threading
@@ -184,11 +185,11 @@ def test_write_buffer_is_flushed_by_topic_and_millisecond(
     put(store, b"a", *second)
     statements = watch(store)
     put(store, b"a", b"last")
-    names = [statement.split(" (")[0].strip() for statement in statements]
+    names = [re.split(" [(V]", statement)[0].strip() for statement in statements]
     rows = names.index("COMMIT") - 3
     assert names[: rows + 3] == ["BEGIN", *["INSERT INTO topics"] * 2, *["INSERT INTO chunks"] * rows]
     assert 3 <= rows < 3 * count // 2
-    messages = "SELECT topic, put_at, sum(length(ids_and_sizes)) / 16 FROM chunks GROUP BY topic, put_at"
+    messages = "SELECT topic, put_at, sum(messages) FROM chunks GROUP BY topic, put_at"
     found = store.connection.execute(messages).fetchall()
     assert found == [(1, clock.now - 1, count), (1, clock.now, count), (2, clock.now - 1, count)]
     assert bodies(read(store, b"a")) == [*first, *second, b"last"]
@@ -213,10 +214,28 @@ def test_flush_writes_full_buffers(store: ClockedStore, size: int) -> None:
 def test_rows_are_bounded_in_messages_and_bytes(store: ClockedStore, size: int, messages: int) -> None:
     put(store, b"t", *[b"x" * size] * 300)
     store.write()
-    held = store.connection.execute("SELECT length(ids_and_sizes) / 16, length(bodies) FROM chunks").fetchall()
+    held = store.connection.execute("SELECT messages, length(bodies) FROM chunks").fetchall()
     assert held[0] == (messages, messages * size)
     assert sum(count for count, _ in held) == 300
     assert [message.id for message in store.read(b"t", 0, 1000, 10**8)] == list(range(1, 301))
+
+
+@pytest.mark.parametrize(
+    ("topics", "sizes", "values"), [([b"t"], [7], 1), ([b"t"], [7, 0], 10), ([b"t", b"u"], [7], 20)]
+)
+def test_ids_that_are_consecutive_and_equal_sizes_take_no_room(
+    store: ClockedStore, topics: list[bytes], sizes: list[int], values: int
+) -> None:
+    bodies = [b"x" * size for size in sizes * 10][:10]
+    ids = store.append([(topic, body, None) for body in bodies for topic in topics])
+    store.write()
+    held = store.connection.execute("SELECT length(ids_and_sizes) FROM chunks").fetchall()
+    assert held == [(8 * values,)] * len(topics)
+    for at, topic in enumerate(topics):
+        found = store.read(topic, 0, 100, 1000)
+        assert [(message.id, message.body) for message in found] == list(
+            zip(ids[at :: len(topics)], bodies, strict=True)
+        )
 
 
 @pytest.mark.parametrize("size", [LONG_BYTES - 1, LONG_BYTES, 8 << 20])

@@ -6,12 +6,11 @@ import sqlite3
 import sys
 import threading
 import time
-from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 from urllib.parse import quote
 
 from dsmq.errors import Full, ReplyError, StartupError, StoreFailed
@@ -25,11 +24,12 @@ from dsmq.store.schema import (
     SCHEMA,
     UPDATE_BODIES,
     Batch,
-    Columns,
     ExpiredRow,
+    Header,
     Row,
     StoredMessage,
     unpack,
+    unpack_ids_and_sizes,
 )
 
 # How long a slice of expiry or of a purge may take before its last step.
@@ -45,10 +45,9 @@ FREE_PAGES, FREE_PAGES_PART, VACUUM_PAGES = 256, 16, 80
 # Instructions of SQLite's virtual machine between calls of the progress handler.
 PROGRESS_INSTRUCTIONS = 1000
 
-_COLUMNS = "put_at, last_number, ids_and_sizes, bodies"
-READ = f"SELECT {_COLUMNS} FROM chunks WHERE topic = ? AND last_id > ? AND put_at >= ? ORDER BY last_id"  # noqa: S608
-LATEST = f"SELECT {_COLUMNS} FROM chunks WHERE topic = ? AND last_id <= ? ORDER BY last_id DESC"  # noqa: S608
-_HEADERS = "SELECT last_id, topic, put_at, last_number, ids_and_sizes FROM chunks"
+READ = "SELECT * FROM chunks WHERE topic = ? AND last_id > ? AND put_at >= ? ORDER BY last_id"
+LATEST = "SELECT * FROM chunks WHERE topic = ? AND last_id <= ? ORDER BY last_id DESC"
+_HEADERS = "SELECT last_id, topic, put_at, last_number, messages, ids_and_sizes FROM chunks"
 HEADERS = f"{_HEADERS} WHERE last_id > ? AND put_at >= ? ORDER BY last_id"
 TOPIC_HEADERS = f"{_HEADERS} WHERE last_id > ? AND put_at >= ? AND topic = ? ORDER BY last_id"
 HEADERS_BACK = f"{_HEADERS} WHERE last_id <= ? AND put_at >= ? ORDER BY last_id DESC"
@@ -56,27 +55,22 @@ ROW_AT = "SELECT min(last_id) FROM chunks WHERE topic = ? AND last_id >= ?"
 TOPIC_HEADERS_BACK = f"{_HEADERS} WHERE last_id <= ? AND put_at >= ? AND topic = ? ORDER BY last_id DESC"
 PUT_TIMES = "SELECT last_id, put_at FROM chunks WHERE last_id >= ? ORDER BY last_id"
 BODIES = "SELECT last_id, bodies FROM chunks WHERE last_id BETWEEN ? AND ?"
-OLDEST = "SELECT put_at, ids_and_sizes FROM chunks WHERE topic = ? AND last_id > ? ORDER BY last_id LIMIT 1"
-# An id and a size take 16 bytes.
-_SIZES = "SELECT last_id, topic, put_at, last_number, length(ids_and_sizes) / 16, length(bodies) FROM chunks"
+OLDEST = f"{_HEADERS} WHERE topic = ? AND last_id > ? ORDER BY last_id LIMIT 1"
+_SIZES = "SELECT last_id, topic, put_at, last_number, messages, length(bodies) FROM chunks"
 EXPIRY = f"{_SIZES} WHERE last_id <= ? ORDER BY last_id LIMIT ?"
 TOPIC_EXPIRY = f"{_SIZES} WHERE last_id <= ? AND topic = ? ORDER BY last_id LIMIT ?"
 DELETE_FIRST = "DELETE FROM chunks WHERE last_id <= ?"
 TOPICS = "SELECT name FROM topics WHERE name > ? ORDER BY name LIMIT ?"
 COPY = {
     INSERT_TOPIC: "SELECT id, name FROM topics WHERE id > ? AND id <= ? ORDER BY id LIMIT ?",
-    INSERT_ROW: """SELECT last_id, topic, put_at, last_number, ids_and_sizes, bodies
-    FROM chunks WHERE last_id > ? AND last_id <= ? ORDER BY last_id LIMIT ?""",
+    INSERT_ROW: "SELECT * FROM chunks WHERE last_id > ? AND last_id <= ? ORDER BY last_id LIMIT ?",
 }
-LOAD = """INSERT INTO chunks SELECT last_id, topic, put_at, last_number, ids_and_sizes,
+LOAD = """INSERT INTO chunks SELECT last_id, topic, put_at, last_number, {messages}, ids_and_sizes,
     CASE WHEN length(bodies) < ? THEN bodies ELSE x'' END FROM snapshot.chunks ORDER BY last_id"""
 LOAD_LONG = "SELECT last_id, bodies FROM snapshot.chunks WHERE length(bodies) >= ? ORDER BY last_id"
 # Without the index, rows are read in file order.
-_HELD = """SELECT id, name, max(last_number), max(last_id), sum(length(ids_and_sizes)) / 16, sum(length(bodies))
+_HELD = """SELECT id, name, max(last_number), max(last_id), sum({messages}), sum(length(bodies))
     FROM chunks NOT INDEXED JOIN topics ON id = topic GROUP BY topic"""
-
-Header: TypeAlias = tuple[int, int, int, int, bytes]
-"""A row without its bodies: last id, topic id, put time, last number, ids and sizes."""
 
 
 class Database:
@@ -149,12 +143,12 @@ class Database:
     # Writing
 
     def insert(self, topics: list[tuple[int, bytes]], rows: list[Row]) -> None:
-        long_bodies = {row[0]: row[5] for row in rows if len(row[5]) >= LONG_BYTES}
+        long_bodies = {row[0]: row[-1] for row in rows if len(row[-1]) >= LONG_BYTES}
         with self.transaction("write"):
             if topics:
                 self.connection.executemany(INSERT_TOPIC, topics)
             if long_bodies:
-                rows = [(*row[:5], b"") if row[0] in long_bodies else row for row in rows]
+                rows = [(*row[:-1], b"") if row[0] in long_bodies else row for row in rows]
             self.connection.executemany(INSERT_ROW, rows)
         self._add_long_bodies(long_bodies)
 
@@ -203,10 +197,8 @@ class Database:
                 return found[-1]
         return None
 
-    def _unpack(self, row: Columns, after: int) -> Iterator[StoredMessage]:
-        if not row[3]:
-            row = (*row[:3], self._long_bodies.get(array("q", row[2])[-2], b""))
-        return unpack(row, after)
+    def _unpack(self, row: Row, after: int) -> Iterator[StoredMessage]:
+        return unpack(row if row[-1] else (*row[:-1], self._long_bodies.get(row[0], b"")), after)
 
     def headers(self, after: int, since: int, topic: int | None = None) -> Iterator[Header]:
         """Iterate over the rows, of one topic or all, with last ids above `after`, put at or after `since`."""
@@ -265,8 +257,9 @@ class Database:
         row = self.connection.execute(OLDEST, (topic, after)).fetchone()
         if row is None:
             return None
-        ids = array("q", row[1])[::2]
-        return ids[bisect_right(ids, after)], row[0]
+        last_id, _, put_at, _, count, packed = row
+        ids, _ = unpack_ids_and_sizes(last_id, count, packed)
+        return ids[bisect_right(ids, after)], put_at
 
     def put_times(self) -> Iterator[tuple[int, int, int]]:
         """Iterate over the rows, oldest first: last id, topic, put time."""
@@ -348,12 +341,15 @@ class Database:
             connection.execute("ATTACH ? AS snapshot", (f"file:{quote(file)}?mode=ro&immutable=1",))
             connection.executescript(SCHEMA)
             connection.execute("INSERT INTO topics SELECT id, name FROM snapshot.topics")
-            connection.execute(LOAD, (LONG_BYTES,))
+            columns = [column[1] for column in source.execute("PRAGMA table_info(chunks)")]
+            # Snapshots of earlier versions have an id and a size of each message.
+            messages = "messages" if "messages" in columns else "length(ids_and_sizes) / 16"
+            connection.execute(LOAD.format(messages=messages), (LONG_BYTES,))
             long_bodies = dict(connection.execute(LOAD_LONG, (LONG_BYTES,)))
             connection.execute(INDEX)
             connection.commit()
             connection.execute("DETACH snapshot")
-            held: list[Any] = source.execute(_HELD).fetchall()
+            held: list[Any] = source.execute(_HELD.format(messages=messages)).fetchall()
         except BaseException:
             connection.close()
             raise

@@ -14,9 +14,8 @@ import logging
 import sqlite3
 import sys
 import time
-from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,7 +25,7 @@ from dsmq.errors import ReplyError
 from dsmq.store.api import Limits
 from dsmq.store.database import SLICE_SECONDS, Database
 from dsmq.store.rules import Rules
-from dsmq.store.schema import ExpiredRow
+from dsmq.store.schema import ExpiredRow, unpack_ids_and_sizes
 from dsmq.store.topics import Counts, Topic, TopicTable, WriteBuffer
 from dsmq.terminal import quoted
 
@@ -96,13 +95,12 @@ class Removals:
         for message in topic.buffered:
             yield len(message[3])
 
-    def _live_rows(self, topic: Topic) -> Iterator[tuple[array[int], array[int], int]]:
+    def _live_rows(self, topic: Topic) -> Iterator[tuple[Sequence[int], Sequence[int], int]]:
         """Iterate over the rows with messages that are not dropped: ids, sizes, and the number of dropped ones."""
         if topic.dropped_id < topic.written_id:
             for header in self._database.headers(topic.dropped_id, _EVER, topic.row):
-                ids_and_sizes = array("q", header[4])
-                ids = ids_and_sizes[::2]
-                yield ids, ids_and_sizes[1::2], bisect_right(ids, topic.dropped_id)
+                ids, sizes = unpack_ids_and_sizes(header[0], *header[4:])
+                yield ids, sizes, bisect_right(ids, topic.dropped_id)
 
     def _find_written(self, name: bytes, count: int) -> _Written:
         """Return which of a topic's first `count` messages are in the database. Raises SQLite's errors."""

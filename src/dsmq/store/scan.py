@@ -18,8 +18,8 @@ from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
 from dsmq.store.api import Found, ManyTopics, Message, TopicMessage
-from dsmq.store.database import Database, Header
-from dsmq.store.schema import StoredMessage
+from dsmq.store.database import Database
+from dsmq.store.schema import Header, StoredMessage, unpack_ids_and_sizes
 from dsmq.store.selection import Selection
 from dsmq.store.topics import Topic, TopicTable, WriteBuffer
 
@@ -349,14 +349,13 @@ def _is_wanted(candidate: _Candidate, wanted: ManyTopics, database: Database) ->
 
 def _unpack(header: Header, topic: Topic, after: int) -> list[_Candidate]:
     """Return the messages of a row with ids above `after`, except dropped ones."""
-    key, _, put_at, number, packed = header
+    key, _, put_at, number, messages, packed = header
     after = max(after, topic.dropped_id)
-    ids_and_sizes = array("q", packed)
-    if len(ids_and_sizes) == 2:
-        return [(key, number, put_at, ids_and_sizes[1], topic, key, 0, None)] if key > after else []
-    ids, sizes = ids_and_sizes[::2], ids_and_sizes[1::2]
+    if messages == 1:
+        return [(key, number, put_at, array("q", packed)[-1], topic, key, 0, None)] if key > after else []
+    ids, sizes = unpack_ids_and_sizes(key, messages, packed)
     first = bisect_right(ids, after)
-    number += 1 - len(ids) + first
+    number += 1 - messages + first
     starts = accumulate(sizes[first:], initial=sum(sizes[:first]))
     return [
         (message_id, at, put_at, size, topic, key, start, None)

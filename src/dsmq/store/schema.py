@@ -27,6 +27,7 @@ CREATE TABLE IF NOT EXISTS chunks (
     topic INTEGER NOT NULL,
     put_at INTEGER NOT NULL,
     last_number INTEGER NOT NULL,
+    messages INTEGER NOT NULL,
     ids_and_sizes BLOB NOT NULL,
     bodies BLOB NOT NULL
 );
@@ -87,14 +88,14 @@ CREATE TABLE job_numbers (
 """
 INSERT_TOPIC = "INSERT INTO topics (id, name) VALUES (?, ?)"
 UPDATE_BODIES = "UPDATE chunks SET bodies = ? WHERE last_id = ?"
-INSERT_ROW = "INSERT INTO chunks (last_id, topic, put_at, last_number, ids_and_sizes, bodies) VALUES (?, ?, ?, ?, ?, ?)"
+INSERT_ROW = "INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?, ?)"
 
 StoredMessage: TypeAlias = tuple[int, int, int, bytes]
 """Id, number in the topic, put time in milliseconds, body."""
-Row: TypeAlias = tuple[int, int, int, int, bytes, bytes]
+Header: TypeAlias = tuple[int, int, int, int, int, bytes]
+"""A row without its bodies: last id, topic id, put time, last number, number of messages, ids and sizes."""
+Row: TypeAlias = tuple[int, int, int, int, int, bytes, bytes]
 """The columns of `chunks`."""
-Columns: TypeAlias = tuple[int, int, bytes, bytes]
-"""The columns needed for reading: put time, last number, ids and sizes, bodies."""
 ExpiredRow: TypeAlias = tuple[int, int, int, int, int, int]
 """Last id, topic id, put time, last number, number of messages, bytes of their bodies."""
 Batch: TypeAlias = tuple[str, Sequence[tuple[Any, ...]]]
@@ -125,23 +126,43 @@ def split_into_rows(messages: list[StoredMessage]) -> Iterator[list[StoredMessag
 
 
 def _pack_row(topic: int, messages: list[StoredMessage]) -> Row:
-    last_id, last_number, put_at, _ = messages[-1]
-    ids_and_sizes = array("q", [value for message in messages for value in (message[0], len(message[3]))])
-    return last_id, topic, put_at, last_number, ids_and_sizes.tobytes(), b"".join([message[3] for message in messages])
+    last_id, last_number, put_at, body = messages[-1]
+    count = len(messages)
+    if count == 1:
+        return last_id, topic, put_at, last_number, 1, array("q", [len(body)]).tobytes(), body
+    bodies = [message[3] for message in messages]
+    packed = _pack_ids_and_sizes([message[0] for message in messages], list(map(len, bodies)))
+    return last_id, topic, put_at, last_number, count, packed, b"".join(bodies)
 
 
-def unpack(columns: Columns, after: int = 0) -> Iterator[StoredMessage]:
+def _pack_ids_and_sizes(ids: list[int], sizes: list[int]) -> bytes:
+    """Return an id and a size for each message, or only the sizes if the ids are consecutive: one if all are equal."""
+    if ids[-1] - ids[0] >= len(ids):
+        sizes = [value for pair in zip(ids, sizes, strict=True) for value in pair]
+    elif sizes.count(sizes[0]) == len(sizes):
+        sizes = sizes[:1]
+    return array("q", sizes).tobytes()
+
+
+def unpack_ids_and_sizes(last_id: int, count: int, packed: bytes) -> tuple[Sequence[int], array[int]]:
+    """Return the ids and sizes of a row's messages."""
+    values = array("q", packed)
+    if len(values) == 2 * count:
+        return values[::2], values[1::2]
+    return range(last_id - count + 1, last_id + 1), values * (count // len(values))
+
+
+def unpack(row: Row, after: int = 0) -> Iterator[StoredMessage]:
     """Iterate over the messages with ids above `after`."""
-    put_at, last_number, packed, bodies = columns
-    ids_and_sizes = array("q", packed)
-    if len(ids_and_sizes) == 2:
+    last_id, _, put_at, last_number, count, packed, bodies = row
+    if count == 1:
         # Don't slice the body, because mypyc's slices copy even a whole one.
-        if ids_and_sizes[0] > after:
-            yield ids_and_sizes[0], last_number, put_at, bodies
+        if last_id > after:
+            yield last_id, last_number, put_at, bodies
         return
-    ids, sizes = ids_and_sizes[::2], ids_and_sizes[1::2]
+    ids, sizes = unpack_ids_and_sizes(last_id, count, packed)
     first = bisect_right(ids, after)
-    number, end = last_number - len(ids) + first, sum(sizes[:first])
+    number, end = last_number - count + first, sum(sizes[:first])
     for message_id, size in zip(ids[first:], sizes[first:], strict=True):
         number += 1
         start, end = end, end + size
