@@ -39,7 +39,6 @@ BYTES_AT_ONCE = 262_144
 _PUT_BYTES = 80
 # If its messages take longer than this to arrive, a batch is sent incomplete.
 _LONG_BATCH_SECONDS = 0.1
-_AGAIN = b"*7%b$5\r\nAGAIN\r\n"
 # How long a put is retried: well within the 600 seconds for which the server remembers it.
 RESEND_SECONDS = 300.0
 # A read that waited longer than this before its connection broke had reached a server.
@@ -66,11 +65,11 @@ class Producer:
         self.process = process()
 
     def put(self, name: bytes, body: bytes) -> bytes:
-        """Return a PUT with the next number, without the argument count."""
+        """Return a PUT with the next number."""
         self._seq += 1
         seq = b"%d" % self._seq
         parts = len(name), name, len(body), body, self._name, len(seq), seq
-        return b"\r\n$3\r\nPUT\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$3\r\nKEY\r\n$12\r\n%b\r\n$%d\r\n%b\r\n" % parts
+        return b"*6\r\n$3\r\nPUT\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$3\r\nKEY\r\n$12\r\n%b\r\n$%d\r\n%b\r\n" % parts
 
 
 class Retryable:
@@ -288,11 +287,12 @@ def purge(topic: str) -> Call:
 class Put(Call):
     """A put, which is repeated with the same key, so that it is stored once."""
 
-    __slots__ = ("_body", "_is_sent", "_keyed", "_run", "_sent_at", "_topic", "is_unsure")
+    __slots__ = ("_body", "_is_sent", "_run", "_sent_at", "_topic", "is_unsure")
 
     def __init__(self, topic: bytes, body: bytes) -> None:
         self._topic, self._body = topic, body
-        self._keyed = b""
+        # Without AGAIN.
+        self._request = b""
         self._is_sent = False
         self.is_unsure = False
         """Whether the message may be stored: it was sent, and no reply has reported the outcome."""
@@ -302,10 +302,10 @@ class Put(Call):
         self._is_sent = True
         if self.is_unsure:
             self._raise_if_forgotten(producer)
-            return _AGAIN % self._keyed
+            return _again(self._request)
         self._run, self._sent_at = producer.run, boot_time()
-        self._keyed = producer.put(self._topic, self._body)
-        return b"*6" + self._keyed
+        self._request = producer.put(self._topic, self._body)
+        return self._request
 
     def _raise_if_forgotten(self, producer: Producer) -> None:
         """Raise ConnectionLost if the server may have forgotten what it stored."""
@@ -326,15 +326,20 @@ class Put(Call):
         return ConnectionLost(reason(error), may_be_stored=self.is_unsure)
 
 
+def _again(request: bytes) -> bytes:
+    """Return a PUT to send again."""
+    return b"*7%b$5\r\nAGAIN\r\n" % request[2:]
+
+
 class Batch(Put):
     """Some of the puts of `put_many`. Puts that have been answered are not sent again."""
 
-    __slots__ = ("_all_keyed", "_answered", "_bodies", "_many")
+    __slots__ = ("_answered", "_bodies", "_many", "_requests")
 
     def __init__(self, many: PutMany, topic: bytes, bodies: list[bytes]) -> None:
         super().__init__(topic, b"")
         self._many, self._bodies = many, bodies
-        self._all_keyed: list[bytes] = []
+        self._requests: list[bytes] = []
         self._answered = 0
 
     @property
@@ -350,7 +355,7 @@ class Batch(Put):
             raise self._many.lost
         self._is_sent = True
         done, self._answered = self._answered, 0
-        self._bodies, self._all_keyed = self._bodies[done:], self._all_keyed[done:]
+        self._bodies, self._requests = self._bodies[done:], self._requests[done:]
         if self.is_unsure:
             try:
                 self._raise_if_forgotten(producer)
@@ -358,10 +363,10 @@ class Batch(Put):
                 # If messages are lost, none after them may be stored.
                 self._many.lost = error
                 raise
-            return b"".join([_AGAIN % keyed for keyed in self._all_keyed])
+            return b"".join(map(_again, self._requests))
         self._run, self._sent_at = producer.run, boot_time()
-        self._all_keyed = [producer.put(self._topic, body) for body in self._bodies]
-        return b"*6" + b"*6".join(self._all_keyed)
+        self._requests = [producer.put(self._topic, body) for body in self._bodies]
+        return b"".join(self._requests)
 
     def take_reply(self, reply: Reply) -> None:
         self._many.take_reply(reply)
