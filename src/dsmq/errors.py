@@ -28,7 +28,7 @@ class StartupError(DSMQError):
 
 
 class ServerFailed(DSMQError):
-    """The server stopped because one of its threads died, or could not write its last snapshot."""
+    """The server stopped because one of its threads died, or could not write its final snapshot."""
 
 
 class ConnectionLost(DSMQError, ConnectionError):

@@ -245,7 +245,7 @@ class Server:
     def run(self) -> None:
         """Wait until the server is asked to stop, then stop it.
 
-        Raises ServerFailed if one of its threads dies, or the last snapshot can't be written.
+        Raises ServerFailed if one of its threads dies, or the final snapshot can't be written.
         """
         while True:
             with suppress(queue.Empty):
@@ -253,7 +253,7 @@ class Server:
                     _logger.info("stopping: %s", reason, extra=logs.event("stopping", reason=reason))
                     self.stop()
                     if self._snapshotter and not self._snapshotter.saved:
-                        raise ServerFailed("the last snapshot could not be written")
+                        raise ServerFailed("the final snapshot could not be written")
                     return
                 with self._systemd.reloading():
                     self.reload()

@@ -21,7 +21,7 @@ from dsmq.wire.addresses import parse_endpoint
 from hosts import hosts
 from security import ADMIN, Files
 
-PROTECTED = "without authentication: set auth_token (DSMQ_AUTH_TOKEN), auth_token_file or tls_client_ca_file, or "
+PROTECTED = "requires authentication: set auth_token (DSMQ_AUTH_TOKEN), auth_token_file or tls_client_ca_file, or "
 
 
 @pytest.mark.slow
@@ -36,7 +36,7 @@ def test_network_listener_without_auth_does_not_start(host: str) -> None:
 
 def test_failed_start_leaves_nothing_behind(tmp_path: Path) -> None:
     snapshot = tmp_path / "snapshot"
-    with pytest.raises(ConfigError, match="without authentication"):
+    with pytest.raises(ConfigError, match="requires authentication"):
         serve("0.0.0.0", 0, http_port=0, snapshot_file=str(snapshot))
     assert list(tmp_path.iterdir()) == []
 
@@ -55,7 +55,7 @@ def test_auth_or_protected_mode_off_allows_network_listener(token_file: Path, fi
 
 def test_tls_without_client_certificates_does_not_authenticate(files: Files) -> None:
     settings = config.load(kind=config.EmbeddedSettings, host="0.0.0.0", port=0, tls_cert_file=files.server)
-    with pytest.raises(ConfigError, match="without authentication"), Server(settings):
+    with pytest.raises(ConfigError, match="requires authentication"), Server(settings):
         pass
 
 
@@ -64,7 +64,7 @@ def test_single_exposed_address_prevents_start(hosts: tuple[str, str]) -> None:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server((host, 0))) for host in hosts]
         server = Server(config.load(kind=config.EmbeddedSettings), systemd=Systemd(queue=sockets))
-        with pytest.raises(ConfigError, match=r"listening on 0\.0\.0\.0:\d+ without"), server:
+        with pytest.raises(ConfigError, match=r"listening on 0\.0\.0\.0:\d+ requires"), server:
             pass
 
 
@@ -95,7 +95,7 @@ def test_passed_sockets_are_checked_for_exposure(address: str) -> None:
         sock.listen()
         settings = config.load(kind=config.EmbeddedSettings)
         if address == "0.0.0.0":
-            stack.enter_context(pytest.raises(ConfigError, match=r"listening on 0\.0\.0\.0:\d+ without"))
+            stack.enter_context(pytest.raises(ConfigError, match=r"listening on 0\.0\.0\.0:\d+ requires"))
         stack.enter_context(Server(settings, systemd=Systemd(queue=[sock])))
         wire = Wire(sock.getsockname().decode() if unix else sock.getsockname())
         assert wire.call("PUT", "t", "x") == 1

@@ -272,7 +272,7 @@ def test_container_runs_as_any_user_without_capabilities(engine: Podman | Docker
 def test_container_without_token_does_not_start(podman: Podman) -> None:
     done = podman("run", "--rm", *LOCKED_DOWN, IMAGE, check=False)
     assert done.returncode == 2
-    assert re.fullmatch(r"dsmq: listening on 0\.0\.0\.0:30008 without authentication: .*\n", done.stderr)
+    assert re.fullmatch(r"dsmq: listening on 0\.0\.0\.0:30008 requires authentication: .*\n", done.stderr)
     assert "DSMQ_AUTH_TOKEN" in done.stderr
     with started(podman, "--env=DSMQ_PROTECTED_MODE=false") as container:
         assert_works(container, token=None)

@@ -472,7 +472,7 @@ def test_page_shows_address_and_settings(browser: Browser) -> None:
         facts = page.locator("#server")
         expect(facts).to_contain_text(f"127.0.0.1:{server.port}")
         expect(facts).to_contain_text(re.compile(r"Memory[\d.]+\sMiB"))
-        expect(facts).to_contain_text("with a token, no TLS")
+        expect(facts).to_contain_text("token required, no TLS")
         expect(facts).to_contain_text("max_topic_bytes77")
         expect(facts).to_contain_text("auth_token**********")
         assert TOKEN not in page.content()

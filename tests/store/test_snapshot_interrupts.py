@@ -123,7 +123,7 @@ def test_ctrl_c_between_request_and_stop_abandons_snapshot_and_reports_loss(
         server.request_stop("the first Ctrl-C")
         raise KeyboardInterrupt
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
-        "last snapshot abandoned: messages put since the previous one are lost"
+        "final snapshot abandoned: messages put since the previous one are lost"
     ]
     assert not file.exists()
     # Another server can use the file immediately.

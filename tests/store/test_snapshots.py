@@ -480,7 +480,7 @@ def test_stop_waits_at_most_a_minute_for_hanging_disk(
     with serving_store(SQLiteStore(0), snapshot_file=str(file), stop_timeout_seconds=20 * UNIT) as server:
         disk.hangs = True
         assert server.stop() == ["dsmq-snapshot"]
-        assert "last snapshot abandoned" in caplog.text
+        assert "final snapshot abandoned" in caplog.text
         disk.released.set()
         wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "dsmq-snapshot"])
 

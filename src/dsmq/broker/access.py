@@ -75,6 +75,6 @@ class Access:
         """Raise ConfigError if protected_mode is on and other machines may connect without authentication."""
         if self.protected_mode and (exposed := self.exposed(sockets)):
             raise ConfigError(
-                f"listening on {', '.join(exposed)} without authentication: set auth_token (DSMQ_AUTH_TOKEN), "
-                "auth_token_file or tls_client_ca_file, or protected_mode = false (DSMQ_PROTECTED_MODE) to serve anyone"
+                f"listening on {', '.join(exposed)} requires authentication: set auth_token (DSMQ_AUTH_TOKEN), "
+                "auth_token_file or tls_client_ca_file, or protected_mode = false (DSMQ_PROTECTED_MODE) to allow anyone"
             )

@@ -41,7 +41,7 @@ _GET = (
 _WORK = (
     "Run COMMAND for each message of TOPIC, sharing the messages with the other workers of the group. COMMAND gets the "
     "message on stdin, and DSMQ_TOPIC_NAME, DSMQ_JOB_ID and DSMQ_ATTEMPT in its environment. If its exit status is not "
-    "0 or the worker dies, another worker gets the message. In TOPIC, * matches any characters, including none."
+    "0 or the worker dies, the message is given to a worker again. In TOPIC, * matches any characters, including none."
 )
 # The description and arguments of each command. A last argument followed by ... may be repeated.
 COMMANDS: dict[str, tuple[str, str]] = {

@@ -238,7 +238,7 @@ class Publisher:
 
     def _refuse(self, append: _Append) -> None:
         self._stream.room.refused = append.bytes
-        full = Full("the stream has no room for more; the rest of max_stored_bytes is kept for workers")
+        full = Full("the stream has no room for more; the rest of max_stored_bytes is reserved for workers")
         unsure = Unsure(f"{full}; an earlier attempt may be stored")
         append.answer.set_result([unsure if message.is_retry else full for message in append.messages])
 

@@ -261,7 +261,7 @@ class Snapshotter:
         finally:
             if not self.saved:
                 about = logs.event("snapshot_given_up", file=str(self.path))
-                _logger.error("last snapshot abandoned: messages put since the previous one are lost", extra=about)
+                _logger.error("final snapshot abandoned: messages put since the previous one are lost", extra=about)
         return self._close_unless_busy()
 
     def _close_unless_busy(self) -> list[str]:
