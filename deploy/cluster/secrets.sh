@@ -3,7 +3,7 @@
 #
 #   ./secrets.sh nats-1 nats-2 nats-3
 #
-# The files are readable by all users, because containers run as different users; the folder is not.
+# All users can read the files, except ca.key, because containers run as different users; the folder keeps them out.
 set -eu
 [ $# -gt 0 ] || { echo "usage: secrets.sh NODE ..." >&2; exit 2; }
 cd "$(dirname "$0")"

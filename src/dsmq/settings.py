@@ -79,7 +79,7 @@ class Settings(BaseSettings):
     """Address of the HTTP endpoint, which serves the status page, /metrics, /healthz and /readyz."""
     http_token: Token = SecretStr("")
     """Bearer token required for /metrics and for the status page's data. Without it, the page shows messages only if
-    clients need neither token nor certificate, and the endpoint is on loopback.
+    clients need neither token nor certificate, the server listens on TCP, and the endpoint is on loopback.
     """
     http_token_file: str = ""
     """File that contains the bearer token, instead of http_token."""
@@ -154,8 +154,8 @@ class Settings(BaseSettings):
     max_jobs_in_flight: Limit = 10_000
     """Max unfinished jobs of a group of workers; at the limit, no new ones are given."""
     max_group_bytes: Bytes = 16_777_216
-    """Max memory for the state of all groups of workers: about 600 bytes per unfinished job, 90 per remembered finished
-    one and, of each group, 160 per topic, plus the topics' names."""
+    """Max memory for the state of all groups of workers: about 1,300 bytes per group, 600 per unfinished job, 90 per
+    remembered finished job, and 160 per topic of each group, plus the topics' names."""
     max_attempts: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Max number of times a job is given to workers. A job that is still not done is moved to the topic with /failed
     added to the name. 0: unlimited, until the job expires.
