@@ -1,5 +1,5 @@
 #!/bin/sh
-# Creates the secrets of a cluster in the folder `secrets`, with certificates for nodes of these names or IPv4 addresses:
+# Creates a cluster's secrets in the folder `secrets`, with certificates for nodes of these names or IPv4 addresses:
 #
 #   ./secrets.sh nats-1 nats-2 nats-3
 #

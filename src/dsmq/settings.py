@@ -168,7 +168,7 @@ class Settings(BaseSettings):
     clients that hold the most and read slower than 16 KiB/s are disconnected. Raised to fit max_message_bytes."""
     max_total_request_bytes: Bytes = 268_435_456
     """Max bytes buffered for the requests of all clients: their declared lengths, the positions of GET, and the topics
-    that clients wait for. Above it, only the oldest request is read; after 1 s, the clients that hold the most and send
+    that clients wait for. Above it, all but short requests wait; after 1 s, the clients that hold the most and send
     slower than 16 KiB/s are disconnected. Raised to fit max_message_bytes."""
     request_timeout_seconds: ClientTimeout = 30.0
     """Time limit from a request's first byte to its last, plus the time its length takes at 16 KiB/s."""
@@ -178,7 +178,8 @@ class Settings(BaseSettings):
     """A connection without a request for this long is closed, unless it is waiting for a message. 0: never; TCP
     keepalive detects clients that have vanished."""
     stop_timeout_seconds: Timeout = 10.0
-    """Time limit for a graceful stop. Threads still running after it are logged and abandoned."""
+    """Time limit for a graceful stop; the final snapshot may take up to a minute more. Threads still running after it
+    are logged and abandoned."""
     io_threads: Annotated[int, Field(ge=0, le=64)] = 0
     """Threads that serve connections. 0: one if Python has a GIL, because more are slower, else one per core."""
     busy_poll_microseconds: Annotated[int, Field(ge=0, le=100_000)] = 100
