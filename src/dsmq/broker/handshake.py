@@ -8,6 +8,7 @@ from dsmq import __version__
 from dsmq.broker.arguments import MAX_NAME_BYTES, parse_name, parse_options
 from dsmq.broker.auth import DEFAULT_USER, Role
 from dsmq.errors import BadRequest, NotPermitted, UnknownVersion
+from dsmq.store.selection import Selection
 from dsmq.wire.resp import OK, encode_bulk, encode_integer, encode_null, encode_simple, encode_value, quoted
 
 if TYPE_CHECKING:
@@ -128,31 +129,12 @@ def config(client: Connection, request: list[bytes]) -> bytes:
         raise BadRequest("CONFIG has only the subcommand GET pattern ...")
     if any(len(pattern) > MAX_NAME_BYTES for pattern in request[2:]):
         raise BadRequest(f"a pattern may have at most {MAX_NAME_BYTES} bytes")
-    patterns = {pattern.decode(errors="replace").lower() for pattern in request[2:]}
+    wanted = Selection(pattern.lower() for pattern in request[2:])
     settings = client.context.settings.model_dump(mode="json")
     # redis-benchmark requests the first two, to report how Redis persists data; redis-cli --stat requests the last.
     settings |= {"save": "", "appendonly": "no", "databases": "1"}
-    found = {name: _text(settings[name]) for name in settings if any(_matches(name, pattern) for pattern in patterns)}
+    found = {name: _text(value) for name, value in settings.items() if wanted.matches(name.encode())}
     return encode_value(client.version, found)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Return whether a name matches a pattern, in which `*` matches anything.
-
-    Does not use regular expressions, because a malicious pattern could take very long to compile or match.
-    """
-    first, *others = pattern.split("*")
-    if not others:
-        return name == pattern
-    if not (name.startswith(first) and name.endswith(others[-1])):
-        return False
-    at = len(first)
-    for part in others[:-1]:
-        found = name.find(part, at)
-        if found < 0:
-            return False
-        at = found + len(part)
-    return at + len(others[-1]) <= len(name)
 
 
 def info(client: Connection, request: list[bytes]) -> bytes:
