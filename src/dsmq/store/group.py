@@ -84,11 +84,6 @@ class HeldJob:
     """The id of the fact that last changed it, with a shared store."""
 
     @property
-    def is_failed(self) -> bool:
-        """Whether it was given too often."""
-        return self.until == FAILED
-
-    @property
     def is_in_flight(self) -> bool:
         """Whether a worker holds it and its lease is not over."""
         return self.is_held and self.until >= 0
@@ -238,7 +233,7 @@ class Group:
                 del self.done[message_id]
 
     def extend(self, job: HeldJob, until: int) -> None:
-        """Change the lease of a current job."""
+        """Change when a job's lease or delay ends."""
         self._await(job, until)
 
     def put_back(self, job: HeldJob, until: int) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dsmq.store.group import Group, GroupCounts, HeldJob
 
 if TYPE_CHECKING:
-    from dsmq.store.groups import Source
+    from dsmq.store.sqlite import SQLiteStore
 
 # Max groups described for a client at once and max seconds spent on that.
 MAX_FIRST, _FIRST_SECONDS = 20, 0.002
@@ -51,7 +51,7 @@ class GroupFigures:
     """Reports on all groups; part of `Groups`. No method holds a lock for long."""
 
     lock: Lock
-    _source: Source
+    _source: SQLiteStore
     _groups: dict[tuple[bytes, bytes], Group]
     _memory: int
     _base: GroupCounts

@@ -8,11 +8,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.store.group import Group, GroupCounts, HeldJob
 from dsmq.store.schema import Batch
 from dsmq.store.selection import Selection
+
+if TYPE_CHECKING:
+    from dsmq.store.sqlite import SQLiteStore
 
 # After a restart, workers have at least this long to finish the jobs that they held before it.
 LEASE_AFTER_RESTART_MS = 30_000
@@ -36,7 +39,7 @@ class GroupSnapshots:
     """Copies all groups to a snapshot and restores them; part of `Groups`."""
 
     lock: threading.Lock
-    _source: Any
+    _source: SQLiteStore
     _groups: dict[tuple[bytes, bytes], Group]
     _base: GroupCounts
     _count_memory: Callable[[Group], None]

@@ -10,12 +10,12 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq import logs
 from dsmq.errors import BadRequest, Full, ReplyError
-from dsmq.store.api import Answer, Found, ManyTopics, Message, Outcome, Put, TopicMessage
+from dsmq.store.api import Answer, Found, ManyTopics, Message, Put, TopicMessage
 from dsmq.store.group import MAX_DONE, Group, GroupCounts, HeldJob, Receipt
 from dsmq.store.group_figures import GroupFigures
 from dsmq.store.group_snapshots import GroupSnapshots
@@ -24,8 +24,7 @@ from dsmq.store.selection import Selection
 from dsmq.terminal import quoted
 
 if TYPE_CHECKING:
-    from dsmq.store.database import Database
-    from dsmq.store.topics import TopicTable
+    from dsmq.store.sqlite import SQLiteStore
 
 FAILED_SUFFIX = b"/failed"
 # The pause before the next attempt to move a job to the topic for failed jobs.
@@ -87,56 +86,10 @@ class Job(NamedTuple):
     """How many times it has been given, including this time."""
 
 
-class Source:
-    """The methods of a store that groups need."""
-
-    max_age_ms: int
-    _clock: Callable[[], int]
-    _topics: TopicTable
-    _database: Database
-
-    def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> list[Message]:
-        raise NotImplementedError
-
-    def read_many(self, wanted: ManyTopics) -> Found:
-        raise NotImplementedError
-
-    def append(self, puts: Sequence[Put]) -> list[Outcome]:
-        raise NotImplementedError
-
-    def now(self) -> int:
-        """Return the time on the store's clock, in milliseconds."""
-        return self._clock()
-
-    def dropped(self, topic: bytes) -> int:
-        """Return the number of messages that a topic has dropped to make room for newer ones."""
-        return self._topics.dropped_by_name.get(topic, 0)
-
-    def numbers(self, topic: bytes) -> tuple[int, int, int]:
-        """Return a topic's last number, the number of the last message deleted, and how many it has dropped."""
-        with self._database.lock:
-            found = self._topics.find(topic)
-            return found.last_number, found.deleted, self.dropped(topic)
-
-    @property
-    def stored_state(self) -> tuple[int, int, object]:
-        """Equal to an earlier state if no message has been deleted since, and messages still expire at the same age."""
-        return self._topics.deleted, self.max_age_ms, self._topics.rules
-
-    def longest_age_ms(self) -> int:
-        raise NotImplementedError
-
-    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
-        raise NotImplementedError
-
-    def backlog(self, selection: Selection, after: int, given: Mapping[bytes, int], until: float) -> tuple[int, int]:
-        raise NotImplementedError
-
-
 class Groups(GroupFigures, GroupSnapshots):
     """The groups of workers of a store. Thread-safe."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: SQLiteStore) -> None:
         GroupSnapshots.__init__(self)
         self.lock = threading.Lock()
         """Acquired before the store's."""

@@ -19,7 +19,6 @@ from dsmq.store.selection import Selection
 
 if TYPE_CHECKING:
     from dsmq.store.api import Outcome
-    from dsmq.store.groups import Source
     from dsmq.store.nats import NATSStore
     from dsmq.store.sqlite import MirrorStore
 
@@ -36,7 +35,7 @@ class GroupFacts:
 
     lock: threading.Lock
     on_available: Callable[[Key], None]
-    _source: Source
+    _source: MirrorStore
     _groups: dict[Key, SharedGroup]
     _memory: int
     _base: GroupCounts

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from dsmq.store.group import FAILED, READY, Group, HeldJob, Receipt
 
 if TYPE_CHECKING:
-    from dsmq.store.groups import Source, Take
+    from dsmq.store.groups import Take
+    from dsmq.store.sqlite import MirrorStore
 
 # The bytes that a job takes in a fact, without its topic; each byte of a name may take several.
 _JOB_BYTES, _NAME_FACTOR = 80, 6
@@ -64,10 +65,6 @@ class SharedGroup(Group):
         for job in jobs:
             if self.jobs.get(job.id) is job and job.until == READY:
                 heapq.heappush(self._ready, job.id)
-
-    def postpone(self, job: HeldJob, until: int) -> None:
-        """Try again at this time to move a failed job to its topic."""
-        self._await(job, until)
 
     def _fail(self, job: HeldJob) -> None:
         # Its worker may finish it until all servers know that it failed.
@@ -194,7 +191,7 @@ def _copy(job: HeldJob) -> HeldJob:
     return HeldJob(job.id, job.topic, job.attempt, version=job.version)
 
 
-def apply_plan(group: SharedGroup, fact: list[Any], message_id: int, age_ms: int, source: Source) -> None:
+def apply_plan(group: SharedGroup, fact: list[Any], message_id: int, age_ms: int, source: MirrorStore) -> None:
     """Make the changes of a plan. The id and the age are those of its fact. Raises Refused."""
     position, reached, given, skipped, expired = fact
     gone = {one for one, _ in expired}
@@ -224,7 +221,7 @@ def _conflicts(group: SharedGroup, given: list[Any], gone: set[int]) -> bool:
     return any(job.id not in repeated for job in group.repeat(as_bytes(given[0])))
 
 
-def _apply_given(group: SharedGroup, given: list[Any], age_ms: int, source: Source) -> list[HeldJob]:
+def _apply_given(group: SharedGroup, given: list[Any], age_ms: int, source: MirrorStore) -> list[HeldJob]:
     token, worker, lease_ms, new, again, repeated = given
     now = source.now()
     until, since = now + max(0, lease_ms - age_ms), max(0, now - age_ms)

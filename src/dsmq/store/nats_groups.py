@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from dsmq.errors import ReplyError, StoreFailed
 from dsmq.store.api import Answer, Message, Outcome
-from dsmq.store.group import Group, HeldJob, Receipt
-from dsmq.store.groups import MAX_MOVED, MOVE_AGAIN_MS, Groups, Job, Source, Take, count_unmoved, failed_put
+from dsmq.store.group import FAILED, Group, HeldJob, Receipt
+from dsmq.store.groups import MAX_MOVED, MOVE_AGAIN_MS, Groups, Job, Take, count_unmoved, failed_put
 from dsmq.store.nats_group_facts import GroupFacts, Key
 from dsmq.store.nats_group_plan import Plan, Refused, SharedGroup, is_known
 
@@ -64,7 +64,7 @@ class NATSGroups(GroupFacts, Groups):
     def __init__(self, engine: NATSStore) -> None:
         """There is no source until `begin`."""
         GroupFacts.__init__(self, engine)
-        Groups.__init__(self, Source())
+        Groups.__init__(self, None)  # type: ignore[arg-type]
         self.lock = threading.RLock()  # type: ignore[assignment]
         self._lanes: dict[Key, _Lane] = {}
         # The failed jobs, by id, and unused groups (id 0) about which a fact is in flight.
@@ -280,7 +280,7 @@ class NATSGroups(GroupFacts, Groups):
 
     def _failed(self, key: Key, group: SharedGroup) -> list[HeldJob]:
         """Return some failed jobs. Requires the lock."""
-        failed = {job.id: job for job in group.failed if job.is_failed and group.jobs.get(job.id) is job}
+        failed = {job.id: job for job in group.failed if job.until == FAILED and group.jobs.get(job.id) is job}
         group.failed = list(failed.values())
         return [job for job in group.failed if (key, job.id) not in self._ending][:MAX_MOVED]
 
@@ -318,7 +318,7 @@ class NATSGroups(GroupFacts, Groups):
             return
         with self.lock:
             count_unmoved(group, job, outcome)
-            group.postpone(job, self._source.now() + MOVE_AGAIN_MS)
+            group.extend(job, self._source.now() + MOVE_AGAIN_MS)
 
 
 def _answer(answer: Future[Any], error: Exception | None, result: object = None) -> None:

@@ -38,7 +38,7 @@ from dsmq.store.api import (
 )
 from dsmq.store.database import Database, to_reply_error
 from dsmq.store.dedup import Deduplicator
-from dsmq.store.groups import Groups, Source
+from dsmq.store.groups import Groups
 from dsmq.store.limits import LimitChecker
 from dsmq.store.purge import Purges
 from dsmq.store.removal import Removals
@@ -61,7 +61,7 @@ def monotonic_ms() -> int:
     return (time.monotonic_ns() if BOOT_CLOCK is None else time.clock_gettime_ns(BOOT_CLOCK)) // 1_000_000
 
 
-class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
+class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
     """A store in this process. Thread-safe."""
 
     def __init__(self, max_age_ms: int, clock: Callable[[], int] = monotonic_ms, limits: Limits | None = None) -> None:
@@ -212,7 +212,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
                 written = self._database.oldest(known.row, known.dropped_id)
                 first_id, put_at = written or (known.buffered[0][0], known.buffered[0][2])
                 stats = stats._replace(first_id=first_id, oldest_age_ms=self._clock() - put_at)
-            return stats._replace(dropped=self._topics.dropped_by_name.get(topic, 0))
+            return stats._replace(dropped=self.dropped(topic))
 
     def totals(self) -> Totals:
         topics = self._topics
@@ -317,6 +317,25 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
 
     def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:  # noqa: ARG002
         self.groups.on_messages = on_messages
+
+    def now(self) -> int:
+        """Return the time on the store's clock, in milliseconds."""
+        return self._clock()
+
+    def dropped(self, topic: bytes) -> int:
+        """Return the number of messages that a topic has dropped to make room for newer ones."""
+        return self._topics.dropped_by_name.get(topic, 0)
+
+    def numbers(self, topic: bytes) -> tuple[int, int, int]:
+        """Return a topic's last number, the number of the last message deleted, and how many it has dropped."""
+        with self._database.lock:
+            found = self._topics.find(topic)
+            return found.last_number, found.deleted, self.dropped(topic)
+
+    @property
+    def stored_state(self) -> tuple[int, int, object]:
+        """Equal to an earlier state if no message has been deleted since, and messages still expire at the same age."""
+        return self._topics.deleted, self.max_age_ms, self._topics.rules
 
     def close(self) -> None:
         self._database.close()
