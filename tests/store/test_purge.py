@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from dsmq.errors import StoreFailed
-from dsmq.store import purge
+from dsmq.store import removal
 from dsmq.store.api import Limits
 from dsmq.store.database import EXPIRY_BYTES
 from dsmq.store.schema import MAX_ROW_BYTES
@@ -44,8 +44,8 @@ def test_purge_deletes_written_and_buffered_messages_of_matching_topics(store: S
 
 def limit_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the time for a slice be over at the second check, however fast the machine is."""
-    clock = itertools.count(0, 0.6 * purge.SLICE_SECONDS)
-    monkeypatch.setattr(purge, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    clock = itertools.count(0, 0.6 * removal.SLICE_SECONDS)
+    monkeypatch.setattr(removal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
 
 
 def test_purge_keeps_messages_put_meanwhile(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:

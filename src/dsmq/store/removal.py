@@ -1,4 +1,4 @@
-"""Deletes messages that have expired and messages that a topic drops to make room for newer ones.
+"""Deletes messages that have expired, that are purged, or that a topic drops to make room for newer ones.
 
 If no rule sets an age, expired rows come first. Otherwise, a queue orders topics by the time at which their oldest
 message expires, or by an earlier time if that message has been dropped since.
@@ -21,11 +21,12 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq import logs
-from dsmq.errors import ReplyError
+from dsmq.errors import ReplyError, StoreFailed
 from dsmq.store.api import Limits
 from dsmq.store.database import SLICE_SECONDS, Database
 from dsmq.store.rules import Rules
 from dsmq.store.schema import ExpiredRow, unpack_ids_and_sizes
+from dsmq.store.selection import Selection
 from dsmq.store.topics import Counts, Topic, TopicTable, WriteBuffer
 from dsmq.terminal import quoted
 
@@ -59,6 +60,7 @@ class Removals:
 
     max_age_ms: int
     _clock: Callable[[], int]
+    _last_id: int
     _database: Database
     _topics: TopicTable
     _buffer: WriteBuffer
@@ -84,6 +86,9 @@ class Removals:
                 self._topics.set_rules(Rules(limits))
 
     def _age_ms(self, topic: Topic) -> int:
+        raise NotImplementedError
+
+    def _flush(self) -> None:
         raise NotImplementedError
 
     # Drops
@@ -311,3 +316,30 @@ class Removals:
             return max(0, oldest_age_ms - self.max_age_ms)
         queue = self._queue
         return max(0, self._clock() - queue[0][0]) if queue and queue[0][0] else 0
+
+    # Purges
+
+    def purge(self, selection: Selection) -> Iterator[int]:
+        with self._database:
+            # Flush the buffer, so that no row contains messages that are put later.
+            self._flush()
+            last_id, topics = self._last_id, list(self._topics.by_row)
+        while topics:
+            with self._database:
+                count = self._purge_some(selection, topics, last_id)
+            yield count
+
+    def _purge_some(self, selection: Selection, topics: list[int], last_id: int) -> int:
+        """Delete some messages and remove finished topics from the list; return the number of messages deleted."""
+        if self._database.is_being_copied:
+            raise StoreFailed("a snapshot is being written; purge again when it is done")
+        count, until = 0, time.monotonic() + SLICE_SECONDS
+        while topics and time.monotonic() < until:
+            topic = self._topics.by_row.get(topics[-1])
+            is_wanted = topic is not None and selection.matches(topic.name)
+            rows = self._database.expired(sys.maxsize, topics[-1], last_id) if is_wanted else []
+            if rows:
+                count += self._delete_first(rows)
+            else:
+                topics.pop()
+        return count

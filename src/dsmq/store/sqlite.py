@@ -40,7 +40,6 @@ from dsmq.store.database import Database, to_reply_error
 from dsmq.store.dedup import Deduplicator
 from dsmq.store.groups import Groups
 from dsmq.store.limits import LimitChecker
-from dsmq.store.purge import Purges
 from dsmq.store.removal import Removals
 from dsmq.store.rules import Rules
 from dsmq.store.scan import SelectionReads
@@ -61,7 +60,7 @@ def monotonic_ms() -> int:
     return (time.monotonic_ns() if BOOT_CLOCK is None else time.clock_gettime_ns(BOOT_CLOCK)) // 1_000_000
 
 
-class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
+class SQLiteStore(SelectionReads, Removals, LocalStore):
     """A store in this process. Thread-safe."""
 
     def __init__(self, max_age_ms: int, clock: Callable[[], int] = monotonic_ms, limits: Limits | None = None) -> None:
