@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from threading import Thread
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
-from dsmq.errors import BadRequest, ReplyError
+from dsmq.errors import ReplyError
 
 if TYPE_CHECKING:
     from dsmq.store.groups import Groups
@@ -361,33 +360,6 @@ class Store(Protocol):
 
     def close_inherited(self) -> None:
         """Close a forked process's copies of the sockets."""
-
-
-class LocalStore:
-    """Methods for a store that has no engine and answers immediately."""
-
-    is_shared = False
-    max_message_bytes = sys.maxsize
-    thread: Thread | None = None
-    due_at = math.inf
-    unready_reason = ""
-
-    def start_id(self: Store) -> int:
-        return self.last_id()
-
-    def check_id(self: Store, after: int) -> None:
-        if after > (last_id := self.last_id()):
-            raise BadRequest(f"no message has an id above {last_id} yet; was the server restarted since?")
-
-    def engine(self) -> None:
-        return None
-
-    def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None: ...
-
-    def wait(self, _seconds: float) -> bool:
-        return True
-
-    def close_inherited(self) -> None: ...
 
 
 def accounted_bytes(messages: int, size: int) -> int:

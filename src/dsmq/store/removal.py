@@ -91,6 +91,16 @@ class Removals:
     def _flush(self) -> None:
         raise NotImplementedError
 
+    def dropped(self, topic: bytes) -> int:
+        """Return the number of messages that a topic has dropped to make room for newer ones."""
+        return self._topics.dropped_by_name.get(topic, 0)
+
+    def numbers(self, topic: bytes) -> tuple[int, int, int]:
+        """Return a topic's last number, the number of the last message deleted, and how many it has dropped."""
+        with self._database.lock:
+            found = self._topics.find(topic)
+            return found.last_number, found.deleted, self.dropped(topic)
+
     # Drops
 
     def _sizes(self, topic: Topic) -> Iterator[int]:

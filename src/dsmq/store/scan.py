@@ -122,6 +122,15 @@ class SelectionReads:
         """Return the highest age at which messages expire."""
         return max([self.max_age_ms, *self._topics.rules.ages])
 
+    def now(self) -> int:
+        """Return the time on the store's clock, in milliseconds."""
+        return self._clock()
+
+    @property
+    def stored_state(self) -> tuple[int, int, object]:
+        """Equal to an earlier state if no message has been deleted since, and messages still expire at the same age."""
+        return self._topics.deleted, self.max_age_ms, self._topics.rules
+
     def topic_names(self) -> list[bytes]:
         return list(self._topics.by_name)
 

@@ -10,6 +10,7 @@ Ids are assigned here, because SQLite would reuse the id of the newest row after
 
 from __future__ import annotations
 
+import math
 import secrets
 import sqlite3
 import sys
@@ -19,13 +20,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
+from threading import Thread
 from weakref import WeakKeyDictionary
 
-from dsmq.errors import Aborted, Full, ReplyError
+from dsmq.errors import Aborted, BadRequest, Full, ReplyError
 from dsmq.store.api import (
     MEMORY,
     Limits,
-    LocalStore,
     Message,
     Mirrored,
     Outcome,
@@ -60,8 +61,14 @@ def monotonic_ms() -> int:
     return (time.monotonic_ns() if BOOT_CLOCK is None else time.clock_gettime_ns(BOOT_CLOCK)) // 1_000_000
 
 
-class SQLiteStore(SelectionReads, Removals, LocalStore):
+class SQLiteStore(SelectionReads, Removals):
     """A store in this process. Thread-safe."""
+
+    is_shared = False
+    max_message_bytes = sys.maxsize
+    thread: Thread | None = None
+    due_at = math.inf
+    unready_reason = ""
 
     def __init__(self, max_age_ms: int, clock: Callable[[], int] = monotonic_ms, limits: Limits | None = None) -> None:
         self.max_age_ms = max_age_ms
@@ -191,6 +198,13 @@ class SQLiteStore(SelectionReads, Removals, LocalStore):
     def last_id(self) -> int:
         return self._last_id
 
+    def start_id(self) -> int:
+        return self._last_id
+
+    def check_id(self, after: int) -> None:
+        if after > self._last_id:
+            raise BadRequest(f"no message has an id above {self._last_id} yet; was the server restarted since?")
+
     # Statistics
 
     def topics(self, after: bytes, count: int) -> list[TopicStats]:
@@ -245,6 +259,9 @@ class SQLiteStore(SelectionReads, Removals, LocalStore):
 
     def timings(self) -> dict[str, Timing]:
         return self._database.timings.copy()
+
+    def engine(self) -> None:
+        return None
 
     def last_numbers(self) -> dict[bytes, int]:
         return self._topics.last_numbers()
@@ -312,32 +329,18 @@ class SQLiteStore(SelectionReads, Removals, LocalStore):
         self._lost.add(Lost(self._last_id, last_id, numbers))
         self.run, self._last_id = secrets.token_hex(8), last_id
 
-    # Workers
+    # Lifecycle
 
     def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:  # noqa: ARG002
         self.groups.on_messages = on_messages
 
-    def now(self) -> int:
-        """Return the time on the store's clock, in milliseconds."""
-        return self._clock()
-
-    def dropped(self, topic: bytes) -> int:
-        """Return the number of messages that a topic has dropped to make room for newer ones."""
-        return self._topics.dropped_by_name.get(topic, 0)
-
-    def numbers(self, topic: bytes) -> tuple[int, int, int]:
-        """Return a topic's last number, the number of the last message deleted, and how many it has dropped."""
-        with self._database.lock:
-            found = self._topics.find(topic)
-            return found.last_number, found.deleted, self.dropped(topic)
-
-    @property
-    def stored_state(self) -> tuple[int, int, object]:
-        """Equal to an earlier state if no message has been deleted since, and messages still expire at the same age."""
-        return self._topics.deleted, self.max_age_ms, self._topics.rules
+    def wait(self, _seconds: float) -> bool:
+        return True
 
     def close(self) -> None:
         self._database.close()
+
+    def close_inherited(self) -> None: ...
 
 
 class MirrorStore(SQLiteStore):
