@@ -227,14 +227,14 @@ class Server:
         if self._store.wait(0.0):
             return True
         self._listen_for_http()
-        start(self._http_endpoints)
+        start(endpoint.start for endpoint in self._http_endpoints)
         return await_store(self._store, lambda: self.status.stopping, self._systemd.notify)
 
     def _start_threads(self) -> None:
         for number in range(self.context.settings.io_workers):
             self._workers.append(EventLoop(f"dsmq-io-{number}", self.context, self._workers))
         self._workers[0].listen(self._listeners)
-        start(part for part in self._parts() if not part.thread.is_alive())
+        start(part.start for part in self._parts() if not part.thread.is_alive())
 
     def _log_configuration(self) -> None:
         limit, sockets = self.context.usage.connections.limit, [listener.socket for listener in self._listeners]

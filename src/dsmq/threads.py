@@ -5,19 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 from dsmq.errors import StartupError
 
 # Each stage of a stop gets at least this long, even if earlier stages have used up the time.
 MIN_STAGE_SECONDS = 0.2
 _POLL_SECONDS = 0.005
-
-
-class Startable(Protocol):
-    """A part of the server with its own thread."""
-
-    def start(self) -> None: ...
 
 
 def wait_until(condition: Callable[[], bool], deadline: float) -> None:
@@ -38,10 +31,10 @@ def join(thread: threading.Thread, deadline: float) -> None:
     wait_until(lambda: not thread.is_alive(), deadline)
 
 
-def start(parts: Iterable[Startable]) -> None:
-    """Start the threads of these parts. Raises StartupError if the system allows no more threads."""
+def start(starts: Iterable[Callable[[], None]]) -> None:
+    """Call functions that start threads. Raises StartupError if the system allows no more threads."""
     try:
-        for part in parts:
-            part.start()
+        for call in starts:
+            call()
     except RuntimeError as error:
         raise StartupError(str(error)) from error

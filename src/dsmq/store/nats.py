@@ -103,7 +103,7 @@ class NATSStore(SharedLimits, FreshReads):
         self.mirror.on_replaced = self._on_replaced
         self.connection.on_lost = self.requests.on_lost
         self._on_unusable = on_unusable
-        threads.start([self.thread])
+        threads.start([self.thread.start])
 
     def wait(self, seconds: float) -> bool:
         """Wait until the store is ready; return whether it is. Raises StartupError if it can't become ready."""
