@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -20,13 +20,13 @@ from dsmq.broker.arguments import (
     parse_number,
     parse_options,
 )
-from dsmq.broker.reads import MAX_WAIT_MS, PendingRead, check_epoch, count_delivery
+from dsmq.broker.reads import MAX_WAIT_MS, PendingRead, PendingSlices, check_epoch, count_delivery
 from dsmq.errors import BadRequest, Busy, Full, ReplyError
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Store
 from dsmq.store.group import Receipt
 from dsmq.store.groups import Groups, Job, Take
 from dsmq.store.selection import Pattern, Selection
-from dsmq.wire.limits import MAX_READ_BYTES
+from dsmq.wire.limits import MAX_COUNT, MAX_READ_BYTES
 from dsmq.wire.resp import OK, Encoded, encode_jobs
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from dsmq.broker.waiters import Waiters
 
 MAX_LEASE_MS = 86_400_000
-MAX_JOBS = 1_000
 # How long a waiting TAKE pauses after reaching a limit on jobs.
 _FULL_RETRY_SECONDS = 1.0
 _NO_REQUEST = Take(b"", b"", Selection(()), 0, 0, 0, b"", "")
@@ -228,7 +227,7 @@ def _parse_options(lease: bytes, *words: bytes) -> tuple[int, int, int, bytes]:
     """Parse lease-ms, COUNT, WAIT and TOKEN."""
     lease_ms = parse_integer(lease, "lease-ms", 1, MAX_LEASE_MS)
     options = parse_options(words, {b"WAIT": 1, b"COUNT": 1, b"TOKEN": 1})
-    count = parse_number(options, b"COUNT", 1, 1, MAX_JOBS)
+    count = parse_number(options, b"COUNT", 1, 1, MAX_COUNT)
     wait_ms = parse_number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
     return lease_ms, count, wait_ms, _check_token(options[b"TOKEN"][0]) if b"TOKEN" in options else b""
 
@@ -277,25 +276,16 @@ def _check_epoch(client: Connection, request: list[bytes]) -> None:
         check_epoch(client.context.store, request[-1])
 
 
-@dataclass(slots=True, eq=False)
-class _PendingSettlement(PendingRead):
-    """A DONE, RETURN or EXTEND that a store answers later."""
-
-    answer: Answer[None] = None
-
-    def fetch(self, _store: Store) -> Answer[None]:
-        if isinstance(self.answer, Future) and self.answer.done():
-            self.answer = self.answer.result()
-        return self.answer
-
-    def take(self, _found: Any) -> list[Any]:
-        return []
-
-
 def _settle(client: Connection, answer: Answer[None]) -> Encoded | None:
     if answer is None:
         return OK
-    return client.reads.start(_PendingSettlement(b"", 0, 1, 1, 0, lambda *_: OK, answer=answer))
+    return client.reads.start(PendingSlices(b"", 0, 1, 1, 0, lambda *_: OK, slices=_until_done(answer)))
+
+
+def _until_done(answer: Future[Any]) -> Iterator[Future[Any]]:
+    while not answer.done():
+        yield answer
+    answer.result()
 
 
 def done(client: Connection, request: list[bytes]) -> Encoded | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +109,26 @@ class PendingRead:
     def memory(self, messages: list[Message]) -> int:
         """Return how much memory the reply takes."""
         return sum([len(message.body) + MESSAGE_OVERHEAD_BYTES for message in messages])
+
+
+@dataclass(slots=True, eq=False)
+class PendingSlices(PendingRead):
+    """A change that waits like a read, because it is made in slices, or by a store that answers later."""
+
+    slices: Iterator[Answer[int]] = field(default_factory=lambda: iter(()))
+    """Numbers to add to the total, now or later. A future is yielded until it is done, because a stale wake-up may come
+    before its result.
+    """
+    total: int = 0
+
+    def fetch(self, _store: Store) -> Answer[int] | None:
+        return next(self.slices, None)
+
+    def take(self, found: Any) -> list[Message] | None:
+        if found is None:
+            return []
+        self.total += found
+        return None
 
 
 @dataclass(slots=True)

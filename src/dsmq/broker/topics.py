@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dsmq.broker.arguments import check_topic, parse_number, parse_options, parse_topic
-from dsmq.broker.reads import PendingRead
-from dsmq.store.api import Answer, Message, Store
+from dsmq.broker.reads import PendingSlices
 from dsmq.store.selection import Selection
-from dsmq.wire.limits import MAX_INTEGER, MAX_NAMES_BYTES
+from dsmq.wire.limits import MAX_COUNT, MAX_INTEGER, MAX_NAMES_BYTES
 from dsmq.wire.resp import Encoded, encode_array, encode_bulk, encode_integer, encode_value
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
-
-# Max topics in one reply.
-MAX_COUNT = 1_000
 
 
 def topics(client: Connection, request: list[bytes]) -> bytes:
@@ -47,30 +41,9 @@ def parse_stats(client: Connection, request: list[bytes]) -> tuple[bytes, int]:
     return parse_topic(client, request), parse_number(options, b"AFTER", 0, 0, MAX_INTEGER)
 
 
-@dataclass(slots=True, eq=False)
-class PendingPurge(PendingRead):
-    """A purge. It runs in slices, like a read of several topics."""
-
-    slices: Iterator[Answer[int]] = field(default_factory=lambda: iter(()))
-    purged: int = 0
-
-    def fetch(self, _store: Store) -> Answer[int] | None:
-        return next(self.slices, None)
-
-    def take(self, found: Any) -> list[Message] | None:
-        if found is None:
-            return []
-        self.purged += found
-        return None
-
-
 def purge(client: Connection, request: list[bytes]) -> Encoded | None:
-    slices = client.context.store.purge(parse_purge(client, request))
-    encode = lambda _client, pending, _messages: encode_integer(pending.purged)  # noqa: E731 - it is short
-    return client.reads.start(PendingPurge(b"", 0, 1, 1, 0, encode, slices=slices))
-
-
-def parse_purge(client: Connection, request: list[bytes]) -> Selection:
     name = request[1]
     check_topic(name, MAX_NAMES_BYTES if b"*" in name else client.context.settings.max_topic_bytes)
-    return Selection([name])
+    encode = lambda _client, pending, _messages: encode_integer(pending.total)  # noqa: E731 - it is short
+    slices = client.context.store.purge(Selection([name]))
+    return client.reads.start(PendingSlices(b"", 0, 1, 1, 0, encode, slices=slices))
