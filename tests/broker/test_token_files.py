@@ -9,8 +9,7 @@ import pytest
 
 from conftest import run_dsmq, serving, wire_to
 from dsmq import settings as config
-from dsmq.broker import token_files
-from dsmq.broker.auth import Role
+from dsmq.broker.auth import Role, read_tokens
 from dsmq.client import connect
 from dsmq.errors import ConfigError
 from dsmq.server import Server
@@ -35,21 +34,21 @@ def test_invalid_token_file_is_reported_without_its_content(tmp_path: Path, text
 def test_token_file_accepts_trailing_newline_and_crlf(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_bytes(f"\ufeff{ADMIN}\r\nname read {READER}\r\n".encode())
-    assert token_files.read_tokens(str(file)) == [("default", Role.ADMIN, ADMIN), ("name", Role.READ, READER)]
+    assert read_tokens(str(file)) == [("default", Role.ADMIN, ADMIN), ("name", Role.READ, READER)]
     for text, message in ((f"{ADMIN}\nname read {ADMIN}", "line 2: .* duplicate"), ("tök" * 9, "line 1: .* ASCII")):
         file.write_text(text)
         with pytest.raises(ConfigError, match=message):
-            token_files.read_tokens(str(file))
+            read_tokens(str(file))
 
 
 def test_missing_token_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
-        token_files.read_tokens(str(tmp_path / "none"))
+        read_tokens(str(tmp_path / "none"))
     (tmp_path / "binary").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="should be UTF-8"):
-        token_files.read_tokens(str(tmp_path / "binary"))
+        read_tokens(str(tmp_path / "binary"))
     with pytest.raises(ConfigError, match="null"):
-        token_files.read_tokens("a\0b")
+        read_tokens("a\0b")
 
 
 LONG, SHORT = "x" * 16, "y" * 15

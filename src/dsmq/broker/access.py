@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dsmq.broker import listener, token_files
-from dsmq.broker.auth import Authenticator, HTTPAuthenticator
+from dsmq.broker import listener
+from dsmq.broker.auth import Authenticator, HTTPAuthenticator, load_tokens, read_tokens
 from dsmq.errors import ConfigError
 from dsmq.settings import Settings
 from dsmq.wire.addresses import host_names
@@ -32,12 +32,10 @@ class Access:
     @classmethod
     def load(cls, settings: Settings) -> Access:
         """Read the files given in the settings. Raises ConfigError."""
-        authenticator = Authenticator(
-            token_files.load_tokens(settings.auth_token.get_secret_value(), settings.auth_token_file)
-        )
+        authenticator = Authenticator(load_tokens(settings.auth_token.get_secret_value(), settings.auth_token_file))
         token = settings.http_token.get_secret_value()
         if settings.http_token_file:
-            token = token_files.read_tokens(settings.http_token_file)[0][2]
+            token = read_tokens(settings.http_token_file)[0][2]
         http_authenticator = HTTPAuthenticator(token.encode(), host_names(settings.http_allowed_hosts))
         tls, files = None, (settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
         # Taken before the files are read, so that the next reload detects a change made in between.

@@ -113,7 +113,7 @@ def _token(file: str | None, known: _ServerSettings) -> str | None:
     file = file or known.get("auth_token_file")
     if not file:
         return None
-    from dsmq.broker.token_files import read_tokens  # noqa: PLC0415 - rarely needed
+    from dsmq.broker.auth import read_tokens  # noqa: PLC0415 - rarely needed
 
     return read_tokens(file)[0][2]
 
