@@ -125,10 +125,8 @@ class Server:
         self._store = own_store or new_store(settings)
         # Reasons to stop; None requests a reload.
         self._commands: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self.status: Status
-        info = lambda: self.status.info()  # noqa: E731, PLW0108 - it is made below
         self.context = ServerContext(
-            TABLE, settings, self._store, Access.load(settings), Usage(), TakeQueues(), self.request_stop, info
+            TABLE, settings, self._store, Access.load(settings), Usage(), TakeQueues(), self.request_stop
         )
         self._apply(settings)
         self._listeners: list[Listener] = []
@@ -139,6 +137,7 @@ class Server:
         snapshots = self._snapshotter.stats if self._snapshotter else SnapshotStats()
         self.context.usage.connections.limit = system.affordable_connections(settings.max_connections)
         self.status = Status(self.context, self._workers, self._expiry, self._snapshotter, snapshots)
+        self.context.info = self.status.info
         self._admission = Admission(self.context, self._workers, self.status.own_counters)
         self._full: set[str] = set()
         self._stopped = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,5 +27,5 @@ class ServerContext:
     take_queues: TakeQueues
     request_stop: Callable[[str], None]
     """Stops the server; takes the reason."""
-    info: Callable[[], Mapping[str, Mapping[str, object]]]
+    info: Callable[[], Mapping[str, Mapping[str, object]]] = field(init=False)
     """Returns the sections of INFO, with names and values."""
