@@ -55,7 +55,7 @@ def test_asyncio_client_has_a_name_on_each_connection(server: Server) -> None:
 def test_default_name_is_program_and_process(program: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [program])
     assert arguments.default_client_name() == f"{name}[{os.getpid()}]".encode()
-    assert arguments.client_name(arguments.default_client_name().decode())
+    assert arguments.short_name("name", arguments.default_client_name().decode())
 
 
 def test_asyncio_connect_may_be_awaited_entered_or_run_as_a_task(server: Server) -> None:

@@ -165,11 +165,6 @@ def text(name: str, value: object) -> str:
     return value
 
 
-def client_name(value: object) -> bytes | None:
-    """Return a client's name, which the server displays and logs, or None for the default."""
-    return None if value is None else short_name("name", value)
-
-
 def short_name(what: str, value: object) -> bytes:
     """Return the name of a client or a group as sent on the wire."""
     name = text(what, value)

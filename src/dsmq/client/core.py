@@ -100,9 +100,12 @@ class Core:
         self._failed = self.endpoint
         self._has_chosen = len(self.endpoints) == 1
         self.tls = tls_context(options)
-        token = options.get("token")
-        name = arguments.client_name(options.get("name"))
-        self.session = Session("" if token is None else arguments.text("token", token), name, options.get("start"))
+        token, name = options.get("token"), options.get("name")
+        self.session = Session(
+            "" if token is None else arguments.text("token", token),
+            None if name is None else arguments.short_name("name", name),
+            options.get("start"),
+        )
         self.is_closed = False
         self.down: dict[State, object] = {}
         """The keys are the states reported since the connection was lost: `lost`, and possibly `given up`."""

@@ -18,10 +18,7 @@ from dsmq.store.nats_api import NO_RESPONDERS, STREAM_NOT_FOUND, EngineError
 from dsmq.store.nats_connection import NATSConnection, Received, encode_publish
 from dsmq.store.nats_fold import Delivery, Fold
 from dsmq.store.nats_group_state import read_state, write_state
-from dsmq.store.nats_stream import (
-    Stream,
-    StreamState,
-)
+from dsmq.store.nats_stream import Stream, StreamState
 from dsmq.system import boot_time
 
 if TYPE_CHECKING:
@@ -229,10 +226,7 @@ class Mirror(Fold):
         self.groups.begin(self.store)
         self._stream.rules, self._stream.is_configured = None, False
         # Close the old store later, because other threads may be reading it.
-        asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._close_oldest)
-
-    def _close_oldest(self) -> None:
-        self._replaced.popleft().close()
+        asyncio.get_running_loop().call_later(CLOSE_SECONDS, lambda: self._replaced.popleft().close())
 
     def close(self) -> None:
         """Close the stores. Called after the event loop has stopped."""
