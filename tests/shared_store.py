@@ -137,24 +137,15 @@ class CountingStore(NATSStore):
     def go_back(self, selection: Selection, count: int, below: int = sys.maxsize) -> Answer[tuple[int, int]]:
         return _then(super().go_back(selection, count, self._id(below)), self._reached)
 
-    def id_before(self, milliseconds: int) -> int:
-        return self.numbers.of(super().id_before(milliseconds))
-
-    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
-        message = super().peek(topic, self._id(below))
-        return message and self._messages([message])[0]
+    @property
+    def in_memory(self) -> CountingMirror:  # type: ignore[override]
+        return CountingMirror(self, super().in_memory)
 
     def start_id(self) -> Future[int]:
         return _later(super().start_id(), self.numbers.of)
 
     def last_id(self) -> int:
         return self.numbers.of(super().last_id())
-
-    def stats(self, topic: bytes, after: int = 0) -> TopicStats:
-        return self._stats(super().stats(topic, self._id(after)))
-
-    def topics(self, after: bytes, count: int) -> list[TopicStats]:
-        return [self._stats(stats) for stats in super().topics(after, count)]
 
     def _id(self, number: int) -> int:
         return number if number == sys.maxsize else self.numbers.id(number)
@@ -173,8 +164,32 @@ class CountingStore(NATSStore):
         left, reached_id = reached
         return left, reached_id if reached_id == sys.maxsize else self.numbers.of(reached_id)
 
+
+class CountingMirror:
+    """A mirror with these ids."""
+
+    def __init__(self, counting: CountingStore, store: MirrorStore) -> None:
+        self._counting, self._store = counting, store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def id_before(self, milliseconds: int) -> int:
+        return self._counting.numbers.of(self._store.id_before(milliseconds))
+
+    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
+        message = self._store.peek(topic, self._counting._id(below))
+        return message and self._counting._messages([message])[0]
+
+    def stats(self, topic: bytes, after: int = 0) -> TopicStats:
+        return self._stats(self._store.stats(topic, self._counting._id(after)))
+
+    def topics(self, after: bytes, count: int) -> list[TopicStats]:
+        return [self._stats(stats) for stats in self._store.topics(after, count)]
+
     def _stats(self, stats: TopicStats) -> TopicStats:
-        return stats._replace(first_id=self.numbers.of(stats.first_id), last_id=self.numbers.of(stats.last_id))
+        of = self._counting.numbers.of
+        return stats._replace(first_id=of(stats.first_id), last_id=of(stats.last_id))
 
 
 class Numbers:

@@ -674,7 +674,7 @@ def put_as_others(server: Server, producers: int) -> None:
         ]
         stored = store.append(puts)
         ids += stored.result(SOON) if isinstance(stored, Future) else stored
-    wait_until(lambda: (newest := store.peek(b"t")) is not None and newest.id == ids[-1])
+    wait_until(lambda: (newest := store.in_memory.peek(b"t")) is not None and newest.id == ids[-1])
 
 
 def test_retry_of_possibly_forgotten_producer_is_refused(server: Server, wire: Wire) -> None:

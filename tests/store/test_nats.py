@@ -189,7 +189,7 @@ def test_put_accepts_any_topic(stores: Stores, topic: bytes) -> None:
     one, other = stores(), stores()
     put(one, topic, b"x")
     assert bodies(read(other, topic)) == [b"x"]
-    assert [stats.name for stats in other.topics(b"", 10)] == [topic]
+    assert [stats.name for stats in other.in_memory.topics(b"", 10)] == [topic]
 
 
 def test_topics_and_producers_are_one_token_of_a_subject() -> None:
@@ -271,7 +271,7 @@ def test_late_repetition_of_a_forgotten_put_is_not_mirrored() -> None:
     store = MirrorStore(MAX_AGE_MS)
     store.apply([Mirrored(number, keyed(b"t", b"x", number), 0) for number in range(1, 3_001)], 3_000)
     store.apply([Mirrored(3_001, keyed(b"t", b"x", 1), 0)], 3_001)
-    assert (store.last_id(), store.totals().messages) == (3_001, 3_000)
+    assert (store.last_id(), store.in_memory.totals().messages) == (3_001, 3_000)
     store.close()
 
 
@@ -279,7 +279,7 @@ def test_forgotten_put_is_refused(stores: Stores) -> None:
     store = stores()
     for start in range(0, 2500, 500):
         value(store.append([keyed(b"t", b"x", number) for number in range(start, start + 500)]))
-    wait_until(lambda: store.totals().messages == 2500)
+    wait_until(lambda: store.in_memory.totals().messages == 2500)
     with pytest.raises(Forgotten):
         store.append([keyed(b"t", b"x", 1)])
 
@@ -343,7 +343,7 @@ def test_limit_on_topics_holds(stores: Stores) -> None:
     store = stores(limits=Limits(max_topics=2))
     put(store, b"a", b"x")
     put(store, b"b", b"x")
-    wait_until(lambda: store.totals().topics == 2)
+    wait_until(lambda: store.in_memory.totals().topics == 2)
     with pytest.raises(Full, match="max_topics"):
         store.append([(b"c", b"x", None)])
 
@@ -358,7 +358,7 @@ def test_later_server_has_the_same_messages_numbers_and_ages(stores: Stores) -> 
     before = read(one, b"t", 0)
     late = stores()
     assert [message[:2] for message in read(late, b"t")] == [message[:2] for message in before]
-    assert late.totals()[:3] == one.totals()[:3]
+    assert late.in_memory.totals()[:3] == one.in_memory.totals()[:3]
     assert abs(read(late, b"u")[0].age_ms - read(one, b"u")[0].age_ms) < 10 * UNIT * 1000
 
 
@@ -367,7 +367,7 @@ def test_later_server_continues_numbers_after_messages_have_expired(stores: Stor
     put(one, b"t", b"1", b"2", b"3")
     put(one, b"gone", b"1")
     facts = lambda: in_engine(stores.servers, lambda stream: stream.stream_info(stores.stream))  # noqa: E731
-    wait_until(lambda: one.totals().messages == 0 or one.expire() == 4)
+    wait_until(lambda: one.in_memory.totals().messages == 0 or one.expire() == 4)
     # Written once per quarter of max_age.
     wait_until(lambda: facts().state.messages >= 2)
     one.close()

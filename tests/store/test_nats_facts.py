@@ -44,7 +44,7 @@ def test_all_servers_apply_purge_even_if_started_later(stores: Stores) -> None:
         assert [bodies(read(store, topic)) for topic in topics] == [[b"new"], [], []]
         # Readers count the others as missed.
         assert read(store, topics[0])[0].number == 701
-        assert (store.totals().messages, store.totals().expired) == (1, 2100)
+        assert (store.in_memory.totals().messages, store.in_memory.totals().expired) == (1, 2100)
     put(late, b"b", b"y")
     assert read(one, b"b")[0].number == 701
 
@@ -65,7 +65,7 @@ def test_read_that_waits_for_the_mirror_waits_for_a_purge(stores: Stores, monkey
     # The other server may still be applying it. This read waits until that server has everything that the engine has.
     assert value(other.latest(b"t", 0)) == []
     assert read(other, b"t") == []
-    assert other.totals().messages == 0
+    assert other.in_memory.totals().messages == 0
     # At least two at each server.
     assert len(slices) >= 4
 

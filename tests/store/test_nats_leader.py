@@ -53,7 +53,7 @@ def test_store_moves_to_the_leader_and_stores_puts_once(tmp_path: Path, monkeypa
         put_until_at(step_down(running))
         put_until_at(step_down(running))
         messages = store.read(b"t", 0, len(ids) + 1, 1_000_000)
-        wait_until(lambda: store.totals().messages >= len(ids))
+        wait_until(lambda: store.in_memory.totals().messages >= len(ids))
         messages = store.read(b"t", 0, len(ids) + 1, 1_000_000)
         assert isinstance(messages, list)
         assert [message.id for message in messages] == ids

@@ -23,7 +23,7 @@ def again(seq: int, body: bytes = b"x") -> Put:
 def test_retried_put_is_published_although_the_mirror_is_full(stores: Stores) -> None:
     store = stores(limits=Limits(max_stored_messages=1, max_topics=1))
     [first] = value(store.append([keyed(b"t", b"x", 1)]))
-    wait_until(lambda: store.totals().messages == 1)
+    wait_until(lambda: store.in_memory.totals().messages == 1)
     with pytest.raises(Full):
         store.append([keyed(b"t", b"x", 2)])
     assert value(store.append([again(1)])) == [first]
@@ -67,17 +67,17 @@ def test_new_mirror_of_stream_with_expired_puts_forgets_producers(
     time.sleep(1.5)
     late = stores(max_age_ms=1_000)
     for store in (one, whole):
-        store.check_producer(b"p")
-        store.check_producer(b"new")
+        store.in_memory.check_producer(b"p")
+        store.in_memory.check_producer(b"new")
     with pytest.raises(Forgotten):
-        late.check_producer(b"p")
+        late.in_memory.check_producer(b"p")
     value(late.append([keyed(b"t", b"x", 1, b"new")]))
     wait_until(lambda: knows(late, b"new"))
 
 
 def knows(store: NATSStore, producer: bytes) -> bool:
     try:
-        store.check_producer(producer)
+        store.in_memory.check_producer(producer)
     except Forgotten:
         return False
     return True

@@ -89,7 +89,7 @@ def test_servers_have_the_same_messages_even_if_started_later(stores: Stores, se
     first, *others = [contents(store) for store in servers]
     assert any(first.values())
     assert others == [first] * len(others)
-    assert servers[0].totals().dropped > 0
+    assert servers[0].in_memory.totals().dropped > 0
 
 
 def test_dropped_messages_are_counted_and_missed(stores: Stores) -> None:
@@ -98,8 +98,8 @@ def test_dropped_messages_are_counted_and_missed(stores: Stores) -> None:
     put(other, b"t", b"last")
     for store in one, other, stores():
         assert [(message.number, message.body) for message in held(store, b"t")] == [(700, b"699"), (701, b"last")]
-        assert store.stats(b"t").dropped == store.totals().dropped == 699
-        assert store.totals().expired == 0
+        assert store.in_memory.stats(b"t").dropped == store.in_memory.totals().dropped == 699
+        assert store.in_memory.totals().expired == 0
 
 
 def test_only_the_server_that_gets_a_put_refuses_it(stores: Stores) -> None:
@@ -147,7 +147,7 @@ def test_lowered_limits_apply_to_stored_messages(stores: Stores) -> None:
     one.limits = newest(1)
     for store in one, other:
         value(store.latest(b"0", 0))
-        assert (store.totals().messages, store.totals().dropped) == (500, 1_000)
+        assert (store.in_memory.totals().messages, store.in_memory.totals().dropped) == (500, 1_000)
 
 
 # Whose rules apply

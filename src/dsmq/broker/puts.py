@@ -79,7 +79,7 @@ def _parse_key(store: Store, request: list[bytes]) -> tuple[bytes, int] | None:
     number = parse_integer(seq, "seq")
     if b"AGAIN" not in options:
         return producer, number
-    store.check_producer(producer)
+    store.in_memory.check_producer(producer)
     return RetriedKey(producer, number, run if b"RUN" in options else "")
 
 

@@ -144,7 +144,7 @@ class Start:
 
     def find(self, store: Store, below: int) -> Answer[tuple[int, int]]:
         if not self.last:
-            return 0, store.id_before(self.since_ms)
+            return 0, store.in_memory.id_before(self.since_ms)
         return store.go_back(self.selection, self.last, min(self.below, below or sys.maxsize))
 
     def take(self, found: tuple[int, int]) -> bool:

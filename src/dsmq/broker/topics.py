@@ -19,14 +19,14 @@ def topics(client: Connection, request: list[bytes]) -> bytes:
     after = options.get(b"AFTER", [b""])[0]
     count = parse_number(options, b"COUNT", MAX_COUNT, 1, MAX_COUNT)
     items: list[bytes] = []
-    for topic in client.context.store.topics(after, count):
+    for topic in client.context.store.in_memory.topics(after, count):
         items += encode_bulk(topic.name), encode_integer(topic.messages), encode_integer(topic.bytes)
     return encode_array(items)
 
 
 def stats(client: Connection, request: list[bytes]) -> bytes:
     store, (topic, after) = client.context.store, parse_stats(client, request)
-    values = store.stats(topic, after)._asdict()
+    values = store.in_memory.stats(topic, after)._asdict()
     del values["name"]
     if store.groups:
         for group in store.groups.first_stats(lambda group: group.key == topic):

@@ -45,7 +45,7 @@ class Inspector:
     # Topics
 
     def largest_topics(self) -> list[dict[str, Any]]:
-        return self._topics(self._store.largest_topics(MAX_ROWS))
+        return self._topics(self._store.in_memory.largest_topics(MAX_ROWS))
 
     def find_topics(self, text: bytes, after: bytes) -> dict[str, Any]:
         """Return how many topic names contain a text or match it as a pattern, and the first of them above `after`."""
@@ -60,7 +60,7 @@ class Inspector:
         return {"topics": self._topics(first[:MAX_ROWS]), "matches": matches, "is_last": len(first) <= MAX_ROWS}
 
     def _find(self, text: bytes) -> list[bytes]:
-        names, found = self._store.topic_names(), list[bytes]()
+        names, found = self._store.in_memory.topic_names(), list[bytes]()
         is_wanted = Pattern(text).matches if b"*" in text else lambda name: text in name
         for start in range(0, len(names), FILTER_SLICE):
             found += filter(is_wanted, names[start : start + FILTER_SLICE])
@@ -121,7 +121,7 @@ class Inspector:
         below = sys.maxsize
         for _ in range(MAX_MESSAGES):
             try:
-                message = self._store.peek(name, below)
+                message = self._store.in_memory.peek(name, below)
             except ReplyError:
                 return
             if message is None:
@@ -148,7 +148,7 @@ class Inspector:
         if client.last_read is None:
             return None
         topic, number = client.last_read
-        return max(0, self._store.last_number(topic) - number)
+        return max(0, self._store.in_memory.last_number(topic) - number)
 
     def _lag_in(self, client: Connection, stats: TopicStats) -> int | None:
         """Return how many messages a reader has yet to receive from a topic, or None if unknown."""
@@ -171,7 +171,7 @@ def _reads(client: Connection, topic: bytes) -> bool:
 def topic_stats(store: Store, topic: bytes) -> TopicStats | None:
     """Return the stats of a topic, or None if the store fails."""
     try:
-        return store.stats(topic)
+        return store.in_memory.stats(topic)
     except ReplyError:
         return None
 

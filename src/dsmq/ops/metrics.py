@@ -98,7 +98,7 @@ class Collector:
     def _top_topics(self, count: int, totals: Totals) -> list[tuple[TopicStats, float]]:
         """Return the topics with the highest put rates, and the rates; the last entry, OTHER, sums up the rest."""
         store = self._status.context.store
-        top, rest = self._rates.top(count, store.last_numbers(), time.monotonic())
+        top, rest = self._rates.top(count, store.in_memory.last_numbers(), time.monotonic())
         shown: list[tuple[TopicStats, float]] = []
         for name, rate in top:
             if name == OTHER:

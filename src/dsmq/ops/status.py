@@ -77,7 +77,7 @@ class Status:
         return total([*(worker.counters for worker in self._workers), self.own_counters])
 
     def totals(self) -> Totals:
-        return self.context.store.totals()
+        return self.context.store.in_memory.totals()
 
     def connections(self) -> int:
         return sum(len(worker.connections) for worker in self._workers)

@@ -13,6 +13,7 @@ from dsmq.errors import ReplyError
 if TYPE_CHECKING:
     from dsmq.store.groups import Groups
     from dsmq.store.selection import Selection
+    from dsmq.store.sqlite import SQLiteStore
 
 # Overhead for the limits on bytes: added to the body of each message and to the name of each topic with messages.
 MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES = 100, 500
@@ -212,6 +213,10 @@ class Store(Protocol):
     limits: Limits
 
     @property
+    def in_memory(self) -> SQLiteStore:
+        """The messages in this server's memory: the store itself, or its mirror, which may lag."""
+
+    @property
     def groups(self) -> Groups:
         """The groups of workers."""
 
@@ -251,9 +256,6 @@ class Store(Protocol):
         Raises Aborted and stores nothing if a watched topic has a newer message; a shared store does not check that.
         """
 
-    def check_producer(self, producer: bytes) -> None:
-        """Raise Forgotten if the store may have forgotten recent puts of this producer."""
-
     def flush(self) -> None:
         """Do deferred work if enough has accumulated. Called when the server is idle. Raises as `append` does."""
 
@@ -267,9 +269,6 @@ class Store(Protocol):
     def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> Answer[list[Message]]:
         """Return the newest unexpired message with an id above `after` and below `below`, if there is one."""
 
-    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
-        """Return the newest unexpired message with an id below `below`, if known, without marking it as read."""
-
     def read_many(self, wanted: ManyTopics, wait_ms: int = 0) -> Answer[Found]:
         """Like `read` or `latest`, but for several topics, in the order of ids.
 
@@ -282,9 +281,6 @@ class Store(Protocol):
         Returns how many are left to find, and an id: if any are left, continue below it; otherwise, the messages are
         those after it.
         """
-
-    def id_before(self, milliseconds: int) -> int:
-        """Return the id of the last message that was put longer ago than this, or 0."""
 
     def check_id(self, after: int) -> None:
         """Raise BadRequest if it is certain that this id has not been assigned yet."""
@@ -304,17 +300,9 @@ class Store(Protocol):
         Raises StoreFailed if that is not possible now.
         """
 
-    def topics(self, after: bytes, count: int) -> list[TopicStats]:
-        """Return the topics with messages and with names above `after`, in byte order."""
-
     @property
     def lost_ids(self) -> list[int]:
         """The ranges of ids of this epoch that were lost by kills: the id before each range and its last id."""
-
-    def stats(self, topic: bytes, after: int = 0) -> TopicStats:
-        """Return a topic's statistics for a reader that has read up to `after`; zeros if the topic is empty."""
-
-    def totals(self) -> Totals: ...
 
     def full(self) -> set[str]:
         """Return the limits that cause puts to be refused, or MEMORY. Should be called about once a second.
@@ -328,18 +316,6 @@ class Store(Protocol):
 
     def engine(self) -> EngineStats | None:
         """Return the state of the engine, if there is one."""
-
-    def last_numbers(self) -> dict[bytes, int]:
-        """Return the number of the last message of each topic with messages."""
-
-    def last_number(self, topic: bytes) -> int:
-        """Return the number of the last message put into a topic, or 0."""
-
-    def topic_names(self) -> list[bytes]:
-        """Return the topics with messages, in any order."""
-
-    def largest_topics(self, count: int) -> list[bytes]:
-        """Return the topics with the most messages."""
 
     def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:
         """Start `thread`, if there is one. It calls these functions.

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from dsmq.errors import Unsure
-from dsmq.store.api import Answer, Found, ManyTopics, Message, Outcome, TopicStats, Totals
+from dsmq.store.api import Answer, Found, ManyTopics, Message, Outcome
 from dsmq.store.nats_connection import encode_token
 
 if TYPE_CHECKING:
@@ -24,11 +24,21 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class MirroredStore:
-    """The methods of the store that need only the mirror. Thread-safe."""
+class FreshReads:
+    """Reads that first wait for the mirror, if they find nothing or read the latest message. Thread-safe."""
 
     mirror: Mirror
     stream: Stream
+    _index: ReadIndex
+    publisher: Publisher
+
+    @abstractmethod
+    def post(self, call: Callable[[], None]) -> None:
+        """Run a function in the store's thread."""
+
+    @property
+    def in_memory(self) -> MirrorStore:
+        return self.mirror.store
 
     @property
     def epoch(self) -> str:
@@ -45,52 +55,11 @@ class MirroredStore:
     def expire(self) -> int:
         return self.mirror.store.expire()
 
-    def topics(self, after: bytes, count: int) -> list[TopicStats]:
-        return self.mirror.store.topics(after, count)
-
-    def stats(self, topic: bytes, after: int = 0) -> TopicStats:
-        return self.mirror.store.stats(topic, after)
-
-    def totals(self) -> Totals:
-        return self.mirror.store.totals()
-
     def full(self) -> set[str]:
         return self.mirror.store.full() | ({"max_stored_bytes"} if self.stream.room.is_full else set())
 
-    def last_numbers(self) -> dict[bytes, int]:
-        return self.mirror.store.last_numbers()
-
-    def last_number(self, topic: bytes) -> int:
-        return self.mirror.store.last_number(topic)
-
-    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
-        return self.mirror.store.peek(topic, below)
-
-    def topic_names(self) -> list[bytes]:
-        return self.mirror.store.topic_names()
-
-    def largest_topics(self, count: int) -> list[bytes]:
-        return self.mirror.store.largest_topics(count)
-
-    def id_before(self, milliseconds: int) -> int:
-        return self.mirror.store.id_before(milliseconds)
-
-    def check_producer(self, producer: bytes) -> None:
-        self.mirror.store.check_producer(producer)
-
     def flush(self) -> None:
         self.mirror.store.flush()
-
-
-class FreshReads(MirroredStore):
-    """Reads that first wait for the mirror, if they find nothing or read the latest message."""
-
-    _index: ReadIndex
-    publisher: Publisher
-
-    @abstractmethod
-    def post(self, call: Callable[[], None]) -> None:
-        """Run a function in the store's thread."""
 
     def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> Answer[list[Message]]:
         store = self.mirror.store

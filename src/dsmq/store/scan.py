@@ -132,6 +132,7 @@ class SelectionReads:
         return self._topics.deleted, self.max_age_ms, self._topics.rules
 
     def topic_names(self) -> list[bytes]:
+        """Return the topics with messages, in any order."""
         return list(self._topics.by_name)
 
     def backlog(self, selection: Selection, after: int, given: Mapping[bytes, int], until: float) -> tuple[int, int]:
@@ -314,6 +315,7 @@ class SelectionReads:
         yield 0, sorted(ids, reverse=True)
 
     def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
+        """Return the newest unexpired message with an id below `below`, if known, without marking it as read."""
         known = self._topics.by_name.get(topic)
         if known is None:
             return None
@@ -335,6 +337,7 @@ class SelectionReads:
         return Message(message_id, number, now - put_at, body, put_at - since)
 
     def id_before(self, milliseconds: int) -> int:
+        """Return the id of the last message that was put longer ago than this, or 0."""
         with self._database:
             since = self._clock() - milliseconds
             found = self._database.id_before(since)

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from threading import Thread
+from typing import Self
 from weakref import WeakKeyDictionary
 
 from dsmq.errors import Aborted, BadRequest, Full, ReplyError
@@ -83,6 +84,10 @@ class SQLiteStore(SelectionReads, Removals):
         self._deduplicator, self._matches = Deduplicator(), WeakKeyDictionary()
         self.groups = Groups(self)
 
+    @property
+    def in_memory(self) -> Self:
+        return self
+
     # Puts
 
     def append(self, puts: Sequence[Put], watched: Watched | None = None) -> list[Outcome]:
@@ -132,6 +137,7 @@ class SQLiteStore(SelectionReads, Removals):
         return ids
 
     def check_producer(self, producer: bytes) -> None:
+        """Raise Forgotten if the store may have forgotten recent puts of this producer."""
         with self._database:
             self._deduplicator.check_unknown(producer, self._clock())
 
@@ -208,6 +214,7 @@ class SQLiteStore(SelectionReads, Removals):
     # Statistics
 
     def topics(self, after: bytes, count: int) -> list[TopicStats]:
+        """Return the topics with messages and with names above `after`, in byte order."""
         with self._database:
             unwritten = [name for _, name in self._buffer.new_topics() if name > after]
             names = sorted(self._database.topics(after, count) + unwritten)
@@ -218,6 +225,7 @@ class SQLiteStore(SelectionReads, Removals):
         return [end for lost in self._lost.ranges for end in lost[:2]]
 
     def stats(self, topic: bytes, after: int = 0) -> TopicStats:
+        """Return a topic's statistics for a reader that has read up to `after`; zeros if the topic is empty."""
         with self._database:
             known = self._topics.find(topic)
             stats = known.stats()._replace(restored_number=self._lost.restored_number(topic, after))
@@ -264,12 +272,15 @@ class SQLiteStore(SelectionReads, Removals):
         return None
 
     def last_numbers(self) -> dict[bytes, int]:
+        """Return the number of the last message of each topic with messages."""
         return self._topics.last_numbers()
 
     def last_number(self, topic: bytes) -> int:
+        """Return the number of the last message put into a topic, or 0."""
         return self._topics.find(topic).last_number
 
     def largest_topics(self, count: int) -> list[bytes]:
+        """Return the topics with the most messages."""
         return self._topics.largest(count)
 
     # Snapshots
