@@ -66,11 +66,10 @@ def apply_settings(store: Store, settings: Settings) -> None:
     """Set the limits of a store."""
     store.max_age_ms = round(settings.max_age_seconds * 1000)
     store.limits = limits_of(settings)
-    if store.groups:
-        store.groups.limits = GroupLimits(
-            *(settings.max_groups, settings.max_jobs_in_flight, settings.max_group_bytes),
-            *(settings.max_attempts, settings.max_topic_bytes),
-        )
+    store.groups.limits = GroupLimits(
+        *(settings.max_groups, settings.max_jobs_in_flight, settings.max_group_bytes),
+        *(settings.max_attempts, settings.max_topic_bytes),
+    )
 
 
 def new_snapshotter(settings: Settings, store: Store) -> Snapshotter | None:

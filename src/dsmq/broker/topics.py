@@ -28,11 +28,10 @@ def stats(client: Connection, request: list[bytes]) -> bytes:
     store, (topic, after) = client.context.store, parse_stats(client, request)
     values = store.in_memory.stats(topic, after)._asdict()
     del values["name"]
-    if store.groups:
-        for group in store.groups.first_stats(lambda group: group.key == topic):
-            workers = client.context.take_queues.count((topic, group.name))
-            figures = {**group.figures, "waiting_workers": workers}
-            values |= {f"{group.name.decode()}:{name}": value for name, value in figures.items()}
+    for group in store.groups.first_stats(lambda group: group.key == topic):
+        workers = client.context.take_queues.count((topic, group.name))
+        figures = {**group.figures, "waiting_workers": workers}
+        values |= {f"{group.name.decode()}:{name}": value for name, value in figures.items()}
     return encode_value(client.version, values)
 
 

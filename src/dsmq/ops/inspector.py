@@ -90,8 +90,6 @@ class Inspector:
     def _groups(self, topic: bytes) -> dict[str, Any]:
         """Return the first groups of workers that share a topic's messages, and the jobs that their workers hold."""
         groups, queues = self._store.groups, self._take_queues
-        if not groups:
-            return {"groups": [], "jobs": []}
         found = groups.stats(lambda group: group.selection.matches(topic))
         return {
             "groups": [

@@ -72,8 +72,6 @@ class Collector:
     def _groups(self) -> Iterator[Metric]:
         """Return the sums over all groups of workers and the figures of the first groups."""
         found, gauge = self._status.groups(), GaugeMetricFamily
-        if not self._status.context.store.groups:
-            return
         states = {state: sum(group.states[state] for group, _ in found) for state in ("waiting", "held", "again")}
         yield _family(gauge, Fact("jobs", "Messages that are not done, over all groups, by state.", states, "state"))
         age = max((group.oldest_age_ms for group, _ in found), default=0) / 1000

@@ -91,11 +91,10 @@ class Status:
 
         At most a twentieth of the time is spent on this, so with many groups, the figures may be a few seconds old.
         """
-        groups = self.context.store.groups
-        if groups and (began := time.monotonic()) >= self._groups_due:
+        if (began := time.monotonic()) >= self._groups_due:
             found = []
             with suppress(ReplyError):
-                for group in groups.stats():
+                for group in self.context.store.groups.stats():
                     found.append((group, self.context.take_queues.count((group.key, group.name))))
                     # Let other threads run.
                     time.sleep(0)
@@ -168,8 +167,8 @@ class Status:
         results = {"written": snapshots.written, "failed": snapshots.failed}
         yield Fact("snapshots", "Snapshots, by result.", results, "result")
         yield Fact("snapshot_seconds", "Time spent on snapshots that were written.", snapshots.seconds)
-        if groups := self.context.store.groups:
-            yield Fact("job_events", "Job events of all groups, by event.", asdict(groups.counts()), "event")
+        jobs = asdict(self.context.store.groups.counts())
+        yield Fact("job_events", "Job events of all groups, by event.", jobs, "event")
         if engine := self.context.store.engine():
             yield from _engine_counted(engine)
 
@@ -190,9 +189,9 @@ class Status:
         yield Fact("unauthenticated_connections", "Open connections not authenticated yet.", unauthenticated)
         yield Fact("waiting_readers", "Readers waiting for a message.", usage.waiting.total)
         yield Fact("waiting_patterns", "Patterns that readers wait for.", usage.waiting_patterns.total)
-        if groups := self.context.store.groups:
-            yield Fact("groups", "Groups of workers.", groups.count)
-            yield Fact("groups_bytes", "Memory for the state of all groups, approximately.", groups.memory)
+        groups = self.context.store.groups
+        yield Fact("groups", "Groups of workers.", groups.count)
+        yield Fact("groups_bytes", "Memory for the state of all groups, approximately.", groups.memory)
         yield Fact("snapshot_time_seconds", "Unix time of the last snapshot written or restored.", snapshots.last_at)
         yield Fact("snapshot_size_bytes", "Size of the last snapshot written.", snapshots.last_bytes)
         yield Fact("restored_messages", "Messages restored from a snapshot at the start.", snapshots.restored)
@@ -216,11 +215,10 @@ class Status:
         yield Fact("unauthenticated_connections_limit", "Max unauthenticated connections.", limit)
         yield Fact("waiting_readers_limit", "Max waiting readers.", settings.max_waiting_readers)
         yield Fact("waiting_patterns_limit", "Max patterns that readers wait for.", settings.max_waiting_patterns)
-        if groups := self.context.store.groups:
-            yield Fact("groups_limit", "Max groups of workers.", groups.limits.max_groups)
-            yield Fact("groups_bytes_limit", "Max memory for the state of all groups.", groups.limits.max_group_bytes)
-            limit = groups.limits.max_jobs_in_flight
-            yield Fact("jobs_in_flight_limit", "Max unfinished jobs of a group.", limit)
+        groups = self.context.store.groups.limits
+        yield Fact("groups_limit", "Max groups of workers.", groups.max_groups)
+        yield Fact("groups_bytes_limit", "Max memory for the state of all groups.", groups.max_group_bytes)
+        yield Fact("jobs_in_flight_limit", "Max unfinished jobs of a group.", groups.max_jobs_in_flight)
         interval = self._snapshotter.interval if self._snapshotter else 0
         yield Fact("snapshot_interval_seconds", "Time between snapshots; 0: no periodic snapshots.", interval)
 
@@ -249,19 +247,11 @@ class Status:
                 **{name: counted[name] for name in ("puts", "deliveries", "errors")},
             },
             "store": {**totals._asdict(), "last_id": store.last_id()},
-            **({"groups": self._groups_info(store.groups)} if store.groups else {}),
+            "groups": _groups_info(store.groups),
             **({"engine": _engine_info(engine)} if engine else {}),
             # redis-cli --stat displays these two.
             "memory": {"used_memory": totals.accounted_bytes},
             "keyspace": {"db0": f"keys={totals.topics},expires=0,avg_ttl=0"},
-        }
-
-    def _groups_info(self, groups: Groups) -> dict[str, object]:
-        found = groups.first_stats()
-        return {
-            "groups": groups.count,
-            **{f"jobs_{event}": count for event, count in asdict(groups.counts()).items()},
-            **{f"group{row}": _group_info(group) for row, group in enumerate(found)},
         }
 
     # The status page
@@ -319,6 +309,15 @@ def _engine_usage(engine: EngineStats) -> Iterator[Fact]:
 def _engine_info(engine: EngineStats) -> dict[str, object]:
     facts = (*_engine_usage(engine), *_engine_counted(engine))
     return {"store_engine": engine.name, "engine_node": engine.node, **{fact.name: fact.total for fact in facts}}
+
+
+def _groups_info(groups: Groups) -> dict[str, object]:
+    found = groups.first_stats()
+    return {
+        "groups": groups.count,
+        **{f"jobs_{event}": count for event, count in asdict(groups.counts()).items()},
+        **{f"group{row}": _group_info(group) for row, group in enumerate(found)},
+    }
 
 
 def _group_info(group: GroupStats) -> str:

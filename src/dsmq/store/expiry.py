@@ -52,7 +52,7 @@ class Expiry:
     def run_once(self) -> None:
         """Delete everything that has expired by now."""
         hurry_at = time.monotonic() + self._interval
-        while self._store.groups and self._store.groups.expire():
+        while self._store.groups.expire():
             self.due_at = time.monotonic()
             if self._stop.wait(_PAUSE_SECONDS):
                 return
