@@ -163,5 +163,5 @@ def putting(stores: list[NATSStore]) -> Iterator[None]:
 
 
 def messages(store: NATSStore) -> list[Message]:
-    store.expire()
+    store.in_memory.expire()
     return value(store.read(b"t", 0, 1000, 1_000_000))

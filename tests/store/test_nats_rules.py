@@ -84,7 +84,7 @@ def test_servers_have_the_same_messages_even_if_started_later(stores: Stores, se
         if draw.random() < 0.05:
             servers.append(stores())
         if draw.random() < 0.2:
-            one.expire()
+            one.in_memory.expire()
     servers.append(stores())
     first, *others = [contents(store) for store in servers]
     assert any(first.values())

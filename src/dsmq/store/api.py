@@ -291,9 +291,6 @@ class Store(Protocol):
     def last_id(self) -> int:
         """Return the id of the newest message, or 0."""
 
-    def expire(self) -> int:
-        """Delete some messages that have expired or exceed lowered limits; return how many, or 0 if none are left."""
-
     def purge(self, selection: Selection, /) -> Iterator[Answer[int]]:
         """Delete the selected messages that are stored now, in short slices; yield the number deleted in each.
 

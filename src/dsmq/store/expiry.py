@@ -56,7 +56,7 @@ class Expiry:
             self.due_at = time.monotonic()
             if self._stop.wait(_PAUSE_SECONDS):
                 return
-        while self._store.expire():
+        while self._store.in_memory.expire():
             self.due_at = time.monotonic()
             if self._stop.wait(_PAUSE_SECONDS if time.monotonic() < hurry_at else _SHORT_PAUSE_SECONDS):
                 break

@@ -52,9 +52,6 @@ class FreshReads:
     def lost_ids(self) -> list[int]:
         return []
 
-    def expire(self) -> int:
-        return self.mirror.store.expire()
-
     def full(self) -> set[str]:
         return self.mirror.store.full() | ({"max_stored_bytes"} if self.stream.room.is_full else set())
 

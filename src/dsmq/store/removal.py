@@ -211,6 +211,7 @@ class Removals:
     # Expiry
 
     def expire(self) -> int:
+        """Delete some messages that have expired or exceed lowered limits; return how many, or 0 if none are left."""
         while True:
             count, is_done = self._expire_slice(self._clock())
             if count or is_done:
