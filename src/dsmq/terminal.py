@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import sys
-from types import TracebackType
+from typing import Any
 
 # C0, DEL and C1 controls; line separators; bidirectional controls, which can disguise text; and surrogates, which
 # can't be encoded.
@@ -46,8 +46,5 @@ class LineFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         return printable(super().formatMessage(record))
 
-    def formatException(  # noqa: N802 - logging's name
-        self,
-        ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None],
-    ) -> str:
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
         return "\n".join(map(printable, super().formatException(ei).split("\n")))
