@@ -12,14 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from dsmq.broker.arguments import (
-    MAX_NAME_BYTES,
-    check_topic,
-    parse_integer,
-    parse_name,
-    parse_number,
-    parse_options,
-)
+from dsmq.broker.arguments import MAX_NAME_BYTES, check_topic, parse_integer, parse_name, parse_number, parse_options
 from dsmq.broker.reads import MAX_WAIT_MS, PendingRead, PendingSlices, check_epoch, count_delivery
 from dsmq.errors import BadRequest, Busy, Full, ReplyError
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Store

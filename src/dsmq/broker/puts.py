@@ -129,12 +129,7 @@ class PutBatch:
                 return
             _answer_later([connection], answer)
 
-    def _go_on(
-        self,
-        connection: Connection,
-        left: _Left,
-        stored: list[Outcome] | ReplyError,
-    ) -> None:
+    def _go_on(self, connection: Connection, left: _Left, stored: list[Outcome] | ReplyError) -> None:
         _answer_later([connection], stored)
         self._answer_in_order(left)
 

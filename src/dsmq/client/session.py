@@ -36,10 +36,7 @@ restarted, and the last messages put may be lost (they do not count as missed). 
 messages, and its new ones are read from the oldest. `given up`: the call that noticed raises an error, but later calls
 may connect. `replaced` alone follows a `seek` to a position of another epoch.
 """
-LOST: dict[State, str] = {
-    "replaced": "its messages are lost",
-    "restarted": "the last messages put may be lost",
-}
+LOST: dict[State, str] = {"replaced": "its messages are lost", "restarted": "the last messages put may be lost"}
 
 _MAX_EPOCHS = 8
 # A tuple, because a union would be created for each read.
