@@ -17,6 +17,7 @@ from conftest import SOON, UNIT, daemon, loop_of, serving, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.broker import event_loop as worker
 from dsmq.broker.reads import PendingRead
+from dsmq.broker.states import WAITING
 from dsmq.client import connect
 from dsmq.errors import Full, ShuttingDown, StoreFailed, Unsure
 from dsmq.server import Server
@@ -78,6 +79,29 @@ def test_asynchronous_store_blocks_connection_until_answer() -> None:
         # Requests that waited for an earlier put were run twice, but count once.
         counts = server.status.counters().commands
         assert [counts[name] for name in ("PUT", "GET", "GETLATEST", "GETWAIT")] == [51, 2, 1, 1]
+
+
+@pytest.mark.parametrize("outcome", [None, StoreFailed("the store has failed")], ids=["done", "failed"])
+def test_stale_wake_up_does_not_answer_for_the_store(outcome: StoreFailed | None) -> None:
+    store, answer = SQLiteStore(600_000), Future[None]()
+    store.groups.done = lambda *_: answer  # type: ignore[method-assign]
+    with serving(store) as server, wire_to(server) as wire:
+        wire.call("PING")
+        wire.send(encode_request(b"DONE", b"t", b"workers", b"1", b"1"))
+        (connection,) = loop_of(server).connections
+        wait_until(lambda: connection.state is WAITING)
+        # As if a put had woken an earlier read of this connection just before its end.
+        loop_of(server).post(connection.reads.wake)
+        served = threading.Event()
+        loop_of(server).post(served.set)
+        assert served.wait(SOON)
+        assert connection.state is WAITING
+        if outcome is None:
+            answer.set_result(None)
+            assert wire.receive() == "OK"
+        else:
+            answer.set_exception(outcome)
+            assert wire.receive().code == "STORE"  # type: ignore[union-attr]
 
 
 class SlowStore(SQLiteStore):
