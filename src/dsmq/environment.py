@@ -23,9 +23,9 @@ from dsmq.errors import ConfigError
 _MAX_TEXT_BYTES = 1_048_576
 PREFIX = "DSMQ_"
 # Variables that are not settings: the path of the configuration file and the servers that clients connect to.
-_OTHERS = ("config", "server")
+_NOT_SETTINGS = ("config", "server")
 # Variables that `dsmq work` sets for its command, which may use this package, too.
-_OF_JOBS = ("topic_name", "job_id", "attempt")
+_JOB_VARIABLES = ("topic_name", "job_id", "attempt")
 # Settings that only the configuration file can contain.
 FILE_ONLY = ("topic",)
 
@@ -78,9 +78,9 @@ def _variables() -> dict[str, str]:
     found: dict[str, str] = {}
     for variable, value in sorted(os.environ.items()):
         name = variable[len(PREFIX) :].lower()
-        if not value or not variable.upper().startswith(PREFIX) or name in _OF_JOBS or _is_link(variable, value):
+        if not value or not variable.upper().startswith(PREFIX) or name in _JOB_VARIABLES or _is_link(variable, value):
             continue
-        if name not in settings() and name not in _OTHERS:
+        if name not in settings() and name not in _NOT_SETTINGS:
             raise ConfigError(f"{variable}: {unknown(name, lambda known: PREFIX + known.upper())}")
         if name in FILE_ONLY:
             raise ConfigError(

@@ -108,7 +108,7 @@ def list_options(function: F) -> F:
     return function
 
 
-def either(settings: Settings | None, options: ServerOptions) -> Settings:
+def choose_settings(settings: Settings | None, options: ServerOptions) -> Settings:
     """Return `settings` or else load them from options. Raises TypeError or ConfigError."""
     if settings and options:
         raise TypeError("Server takes either settings or options, not both")

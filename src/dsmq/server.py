@@ -36,7 +36,7 @@ from dsmq.errors import ConfigError, DSMQError, ServerFailed, StartupError
 from dsmq.ops import reports
 from dsmq.ops.status import Status
 from dsmq.ops.systemd import Systemd
-from dsmq.options import RESTART_REQUIRED, ServeOptions, ServerOptions, either, list_options
+from dsmq.options import RESTART_REQUIRED, ServeOptions, ServerOptions, choose_settings, list_options
 from dsmq.settings import EmbeddedSettings, Settings
 from dsmq.store.api import Store
 from dsmq.store.expiry import Expiry
@@ -117,8 +117,8 @@ class Server:
         Raises StartupError if the system lacks a feature that a server needs, and ConfigError if a setting is invalid,
         or if a file of tokens or certificates can't be used.
         """
-        settings = either(settings, options)
-        if missing := system.lacking():
+        settings = choose_settings(settings, options)
+        if missing := system.missing_features():
             raise StartupError(f"this system can't run a dsmq server: it has no {', no '.join(missing)}")
         self._load = load
         self._systemd = systemd or Systemd()

@@ -67,7 +67,7 @@ LONG_MESSAGE_BYTES = 65_536
 """Messages of this size or more justify `raise_malloc_threshold`."""
 
 
-def lacking() -> list[str]:
+def missing_features() -> list[str]:
     """Return the features that a server needs but this system, such as Windows, lacks."""
     from importlib.util import find_spec  # noqa: PLC0415 - the client, which loads this module too, does not need it
 
@@ -116,7 +116,7 @@ def unsent_bytes(descriptor: int) -> int:
 
 def allow_more_files() -> None:
     """Raise the limit on open files as far as possible; each connection needs one."""
-    if lacking():
+    if missing_features():
         return
     import resource  # noqa: PLC0415 - Windows has none
 

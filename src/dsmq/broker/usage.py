@@ -120,7 +120,7 @@ class Budget(Count["Connection"]):
         """Set the limit, but to no less than `longest`, the largest possible claim."""
         with self._lock:
             self.limit, self._longest = max(limit, longest), longest
-            self._judge()
+            self._update_flags()
 
     @property
     def is_full(self) -> bool:
@@ -129,9 +129,9 @@ class Budget(Count["Connection"]):
 
     def _add(self, holder: Connection, amount: int) -> None:
         super()._add(holder, amount)
-        self._judge()
+        self._update_flags()
 
-    def _judge(self) -> None:
+    def _update_flags(self) -> None:
         self.is_tight = self.total + self._longest > self.limit
         self.is_crowded = self.is_tight or bool(self.queue)
 
@@ -201,7 +201,7 @@ class Budget(Count["Connection"]):
         """Remove a connection from the queue."""
         with self._lock:
             self._leave(holder)
-            self._judge()
+            self._update_flags()
 
     def _leave(self, holder: Connection) -> None:
         self.queue.pop(holder, None)
@@ -211,7 +211,7 @@ class Budget(Count["Connection"]):
         super().drop(holder)
         with self._lock:
             self._leave(holder)
-            self._judge()
+            self._update_flags()
 
 
 class Usage:

@@ -232,7 +232,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         options.program, rest = rest, []
         if not options.program:
             parser.error("a command is required: dsmq work TOPIC -- COMMAND")
-    _place(parser, options, arguments, others + rest)
+    _assign(parser, options, arguments, others + rest)
     _check(parser, options)
     return options
 
@@ -271,7 +271,7 @@ def all_commands(topics: Callable[..., Iterable[str]]) -> argparse.ArgumentParse
     return parser
 
 
-def _place(parser: Parser, options: argparse.Namespace, arguments: str, words: list[str]) -> None:
+def _assign(parser: Parser, options: argparse.Namespace, arguments: str, words: list[str]) -> None:
     """Assign the words that are not options to the command's arguments."""
     takes = re.findall(r"\w+", arguments.lower())
     if takes and not words and arguments[0] != "[":

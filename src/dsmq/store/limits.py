@@ -8,7 +8,7 @@ from itertools import chain, islice
 
 from dsmq.errors import Full
 from dsmq.store.api import Limits, Put, accounted_bytes, accounted_topic_bytes
-from dsmq.store.rules import Kept
+from dsmq.store.rules import TopicLimits
 from dsmq.store.topics import Topic, TopicTable
 
 # If a topic exceeds lowered limits, a put drops at most this many messages in addition to those that make room for it;
@@ -68,32 +68,32 @@ class LimitChecker:
         rules = self._topics.rules
         for name, sizes in new.items():
             topic = self._topics.find(name)
-            kept = rules.of(topic)
-            if kept.drops:
-                if accounted_bytes(1, max(sizes)) > kept.max_bytes:
+            bounds = rules.of(topic)
+            if bounds.drops:
+                if accounted_bytes(1, max(sizes)) > bounds.max_bytes:
                     raise Full(
-                        f"the message exceeds the limit of its topic: {kept.limit_name('bytes')} = {kept.max_bytes}"
+                        f"the message exceeds the limit of its topic: {bounds.limit_name('bytes')} = {bounds.max_bytes}"
                     )
-                found[name] = drops = self._drops(topic, kept, sizes)
+                found[name] = drops = self._drops(topic, bounds, sizes)
                 if not self.drops_for_all:
                     drops.left = 0
             else:
-                self._check_topic(topic, kept, len(sizes), sum(sizes))
+                self._check_topic(topic, bounds, len(sizes), sum(sizes))
         if new:
             self._check_sum(new, found)
         return {name: drops.count for name, drops in found.items() if drops.count}
 
     def excess(self, topic: Topic) -> int:
         """Return the number of messages that a topic has to drop because its limits were lowered."""
-        kept = self._topics.rules.of(topic)
-        return self._drops(topic, kept, []).count if kept.drops else 0
+        bounds = self._topics.rules.of(topic)
+        return self._drops(topic, bounds, []).count if bounds.drops else 0
 
-    def _drops(self, topic: Topic, kept: Kept, new: list[int]) -> _Drops:
+    def _drops(self, topic: Topic, bounds: TopicLimits, new: list[int]) -> _Drops:
         drops = _Drops(topic, new, self._sizes(topic))
-        more = topic.messages + len(new) - kept.max_messages
+        more = topic.messages + len(new) - bounds.max_messages
         drops.drop(max(0, min(more, len(new) + MAX_MORE_DROPPED, drops.left)))
         added = accounted_bytes(len(new), sum(new))
-        excess = topic.accounted_bytes + added - kept.max_bytes
+        excess = topic.accounted_bytes + added - bounds.max_bytes
         if excess > 0:
             more = 0
             while drops.left and (freed := drops.freed_bytes()) < excess and (freed < added or more < MAX_MORE_DROPPED):
@@ -122,14 +122,14 @@ class LimitChecker:
                     size -= drops.freed_bytes() - before
         self.check_limit("max_stored_bytes", size)
 
-    def _check_topic(self, topic: Topic, kept: Kept, count: int, size: int) -> None:
+    def _check_topic(self, topic: Topic, bounds: TopicLimits, count: int, size: int) -> None:
         """Raise Full if `count` more messages with bodies of this size would exceed a limit of the topic."""
         for what, most, held, more in (
-            ("messages", kept.max_messages, topic.messages, count),
-            ("bytes", kept.max_bytes, topic.accounted_bytes, accounted_bytes(count, size)),
+            ("messages", bounds.max_messages, topic.messages, count),
+            ("bytes", bounds.max_bytes, topic.accounted_bytes, accounted_bytes(count, size)),
         ):
             if held + more > most:
-                name = kept.limit_name(what)
+                name = bounds.limit_name(what)
                 self.record_full(name, topic.name, more)
                 raise Full(f"the topic is full: {name} = {most} reached")
 
@@ -144,11 +144,11 @@ class LimitChecker:
         """Return the current value that a limit applies to and the limit."""
         if name is not None:
             topic = self._topics.find(name)
-            kept = self._topics.rules.of(topic)
-            if limit == kept.limit_name("messages"):
-                return topic.messages, kept.max_messages
+            bounds = self._topics.rules.of(topic)
+            if limit == bounds.limit_name("messages"):
+                return topic.messages, bounds.max_messages
             # Limits of former rules no longer count as reached.
-            return topic.accounted_bytes, kept.max_bytes if limit == kept.limit_name("bytes") else sys.maxsize
+            return topic.accounted_bytes, bounds.max_bytes if limit == bounds.limit_name("bytes") else sys.maxsize
         most = getattr(self.limits, limit, sys.maxsize)
         if limit == "max_topics":
             return len(self._topics.by_name), most

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Kept:
+class TopicLimits:
     """The limits of a topic."""
 
     rules: Rules
@@ -38,24 +38,24 @@ class Rules:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._rules = [(Selection([rule.pattern]), self._kept(rule)) for rule in limits.topic]
-        self._others = Kept(
+        self._rules = [(Selection([rule.pattern]), self._limits_of(rule)) for rule in limits.topic]
+        self._others = TopicLimits(
             self,
             *(limits.max_stored_messages_per_topic, limits.max_stored_bytes_per_topic),
             *(None, limits.when_full == DROP_OLDEST),
         )
-        kept = [self._others, *(kept for _, kept in self._rules)]
-        self.drop = any(one.drops for one in kept)
+        every = [self._others, *(one for _, one in self._rules)]
+        self.drop = any(one.drops for one in every)
         """Whether any topic drops messages."""
-        self.ages = [one.max_age_ms for one in kept if one.max_age_ms is not None]
+        self.ages = [one.max_age_ms for one in every if one.max_age_ms is not None]
         """The ages set in rules."""
         # If all topics together are below these, no limit is exceeded.
-        self.safe_messages = min(limits.max_stored_messages, *(one.max_messages for one in kept))
-        self.safe_bytes = min(limits.max_stored_bytes, *(one.max_bytes for one in kept))
+        self.safe_messages = min(limits.max_stored_messages, *(one.max_messages for one in every))
+        self.safe_bytes = min(limits.max_stored_bytes, *(one.max_bytes for one in every))
 
-    def _kept(self, rule: TopicRule) -> Kept:
+    def _limits_of(self, rule: TopicRule) -> TopicLimits:
         limits = self.limits
-        return Kept(
+        return TopicLimits(
             self,
             limits.max_stored_messages_per_topic if rule.max_messages is None else rule.max_messages,
             limits.max_stored_bytes_per_topic if rule.max_bytes is None else rule.max_bytes,
@@ -64,12 +64,12 @@ class Rules:
             rule.pattern.decode(errors="replace"),
         )
 
-    def of(self, topic: Topic) -> Kept:
-        kept = topic.kept
-        if kept is None or kept.rules is not self:
-            matching = (kept for selection, kept in self._rules if selection.matches(topic.name))
-            topic.kept = kept = next(matching, self._others)
-        return kept
+    def of(self, topic: Topic) -> TopicLimits:
+        limits = topic.limits
+        if limits is None or limits.rules is not self:
+            matching = (one for selection, one in self._rules if selection.matches(topic.name))
+            topic.limits = limits = next(matching, self._others)
+        return limits
 
 
 # What a server writes if its settings contain no rules.

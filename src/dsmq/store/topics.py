@@ -21,7 +21,7 @@ from dsmq.store.schema import ExpiredRow, Row, StoredMessage, pack
 
 if TYPE_CHECKING:
     from dsmq.store.dedup import Deduplicator, Producer
-    from dsmq.store.rules import Kept, Rules
+    from dsmq.store.rules import Rules, TopicLimits
 
 # Max topics without messages whose last numbers are remembered; the numbers of others restart at 1.
 MAX_EMPTY_TOPICS = 100_000
@@ -39,7 +39,7 @@ class Topic:
     __slots__ = (
         *("name", "row", "last_number", "last_id", "bytes", "deleted"),
         *("read_number", "read_id", "buffered", "written_id"),
-        *("dropped_id", "dead_bytes", "kept"),
+        *("dropped_id", "dead_bytes", "limits"),
     )
 
     def __init__(self, name: bytes, row: int, last_number: int = 0, last_id: int = 0) -> None:
@@ -58,7 +58,7 @@ class Topic:
         # The last dropped id. Dropped messages may still be in the database: in the row of the oldest remaining
         # message, where they take `dead_bytes`, and, while a snapshot is being written, in others.
         self.dropped_id = self.dead_bytes = 0
-        self.kept: Kept | None = None
+        self.limits: TopicLimits | None = None
 
     @property
     def messages(self) -> int:
