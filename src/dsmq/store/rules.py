@@ -25,12 +25,12 @@ class TopicLimits:
     """None: the store's max age applies."""
     drops: bool
     """Whether the topic drops its oldest messages when it is full."""
-    pattern: str | None = None
-    """The matching rule's pattern, if any."""
+    pattern: str
+    """The matching rule's pattern; empty if no rule matches."""
 
     def limit_name(self, what: str) -> str:
         """Return the name of the limit on `messages` or `bytes`."""
-        return f"max_stored_{what}_per_topic" if self.pattern is None else f"max_{what} of topics {self.pattern}"
+        return f"max_{what} of topics {self.pattern}" if self.pattern else f"max_stored_{what}_per_topic"
 
 
 class Rules:
@@ -39,11 +39,7 @@ class Rules:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._rules = [(Selection([rule.pattern]), self._limits_of(rule)) for rule in limits.topic]
-        self._others = TopicLimits(
-            self,
-            *(limits.max_stored_messages_per_topic, limits.max_stored_bytes_per_topic),
-            *(None, limits.when_full == DROP_OLDEST),
-        )
+        self._others = self._limits_of(TopicRule(b""))
         every = [self._others, *(one for _, one in self._rules)]
         self.drop = any(one.drops for one in every)
         """Whether any topic drops messages."""
