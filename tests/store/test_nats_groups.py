@@ -279,6 +279,8 @@ def test_messages_dropped_untaken_are_counted_alike(stores: Stores) -> None:
         # Servers take in turn, including one that has started since.
         done(servers[-1], take(servers[-1]))
         put(servers[0], b"t", *[b"x"] * 5)
+        # Otherwise, it might take a message before it is dropped.
+        wait_until(lambda expected=5 * count + 1: servers[0].in_memory.last_number(b"t") == expected)
         done(servers[0], take(servers[0]))
         servers.append(stores())
         await_same(*servers)
