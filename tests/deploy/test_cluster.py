@@ -262,13 +262,10 @@ async def peer_remove(node: Node, client: Any) -> bool:
 
 
 def more_secrets(secrets: Path, folder: Path, at: int) -> Path:
-    """Return a folder with a certificate for another node, made as in secrets.sh."""
-    script = (HERE / "secrets.sh").read_text()
-    (function,) = re.findall(r"(?m)^certificate\(\) .*$", script)
-    (command,) = re.findall(r"(?ms)^(certificate [^\n]*-CA .*?node\.pem)$", script)
-    shutil.copytree(secrets, more := folder / f"secrets{at}")
-    names = f",IP:{HOST},DNS:nats-{at + 1}"
-    subprocess.run(["sh", "-ec", f"names={names}\n{function}\n{command}"], cwd=more, check=True, timeout=SOON)
+    """Return a folder with a certificate for another node, made as documented."""
+    shutil.copytree(secrets, more := folder / f"more{at}/secrets")
+    shutil.copy(HERE / "secrets.sh", more.parent)
+    subprocess.run([more.parent / "secrets.sh", HOST, f"nats-{at + 1}"], check=True, timeout=SOON)
     assert (more / "node.pem").read_text() != (secrets / "node.pem").read_text()
     return more
 
@@ -436,9 +433,30 @@ def test_secrets_are_readable_only_by_their_users(secrets: Path) -> None:
     assert f'DSMQ_PASSWORD: "{password}"\n' in (secrets / "passwords.conf").read_text()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(secrets / "ca.pem")
-    again = subprocess.run([secrets.parent / "secrets.sh", "nats-1"], capture_output=True, timeout=SOON, check=False)
+
+
+def test_secrets_are_kept_when_nodes_get_another_certificate(secrets: Path, tmp_path: Path) -> None:
+    before = contents(secrets)
+    more = more_secrets(secrets, tmp_path, 3)
+    assert {name for name, text in contents(more).items() if text != before[name]} == {"node.pem", "node.key"}
+    shown = subprocess.run(
+        ["openssl", "verify", "-CAfile", secrets / "ca.pem", "-verify_hostname", "nats-4", more / "node.pem"],
+        capture_output=True,
+        text=True,
+        timeout=SOON,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr
+    # Other machines have the folder without this key.
+    (more / "ca.key").unlink()
+    before = contents(more)
+    again = subprocess.run([more.parent / "secrets.sh", "nats-1"], capture_output=True, timeout=SOON, check=False)
     assert again.returncode != 0
-    assert (secrets / "dsmq-password").read_text().strip() == password
+    assert contents(more) == before
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
 
 
 # The Compose file
