@@ -260,3 +260,11 @@ def test_ctrl_c_ends_demo_without_traceback(to_all: bool, interruptible: None) -
         (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=SOON)
     assert (process.returncode, err) == (130, "")
+
+
+# The documents
+
+
+@pytest.mark.parametrize("path", ["README.md", "deploy/README.md", "deploy/cluster/README.md"])
+def test_documents_do_not_install_the_other_dsmq_from_pypi(path: str) -> None:
+    assert not re.search(r"pip install[^`&\n]* '?dsmq\b", (ROOT / path).read_text())
