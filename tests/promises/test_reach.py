@@ -38,11 +38,14 @@ from conftest import (
 )
 from dsmq.client import connect
 from dsmq.client import connection as link
-from dsmq.client.dial import addresses
+from dsmq.client.dial import Race, addresses
 from dsmq.errors import ConnectionLost, ProtocolError
 from dsmq.server import Server
-from dsmq.wire.addresses import Endpoint
+from dsmq.wire.addresses import Endpoint, parse_endpoint
 from dsmq.wire.limits import MAX_READ_BYTES
+from security import Files
+
+TLS = pytest.mark.parametrize("tls", [False, True])
 
 # Names with several addresses
 
@@ -152,24 +155,77 @@ def test_proxy_that_closes_at_once_counts_as_starting(
     assert "does it require TLS?" in str(told.value)
 
 
-def test_proxy_is_retried_until_server_answers() -> None:
+@CONNECTS
+@TLS
+@pytest.mark.parametrize("replies", [(), (b"",)])
+def test_proxy_is_retried_until_server_answers(
+    connect: Connect, files: Files, tls: bool, replies: tuple[bytes, ...]
+) -> None:
+    security, options = ({"tls_cert_file": files.server}, {"ca_file": files.ca}) if tls else ({}, {})
     with ThreadPoolExecutor(1) as pool:
-        with front() as (port, accepted):
-            connecting = pool.submit(connect, port=port)
+        with front(*replies) as (port, accepted):
+            connecting = pool.submit(connect, port=port, **options)
             wait_until(lambda: len(accepted) > 4)
-        with serving(port=port), connecting.result(SOON) as mq:
-            mq.ping()
+        with serving(port=port, **security):
+            mq = connecting.result(SOON)
+            if mq is not None:
+                mq.close()
 
 
 @CONNECTS
+@TLS
+@pytest.mark.parametrize("replies", [(), (b"",)])
 def test_address_behind_which_no_server_answers_is_tried_last(
-    server: Server, connect: Connect, resolve: Resolve
+    connect: Connect, resolve: Resolve, files: Files, tls: bool, replies: tuple[bytes, ...]
 ) -> None:
-    with front() as (port, accepted):
-        resolve("name", ("127.0.0.1", port), ("127.0.0.1", server.port))
-        connect("name", timeout=SOON)
-        # One connection for HELLO, and one to ask whether it is an MQTT broker.
-        assert len(accepted) == 2
+    security, options = ({"tls_cert_file": files.server}, {"ca_file": files.ca}) if tls else ({}, {})
+    with serving(**security) as server, front(*replies) as (port, accepted):
+        resolve("localhost", ("127.0.0.1", port), ("127.0.0.1", server.port))
+        connect("localhost", timeout=SOON, **options)
+        # One connection for HELLO, and without TLS one to ask whether it is an MQTT broker.
+        assert len(accepted) == (1 if tls else 2)
+
+
+@CONNECTS
+def test_silent_tls_proxy_is_named_by_address(connect: Connect) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(TimeoutError, match=f"^127.0.0.1:{port}: no reply within {UNIT:g} s"):
+            connect(port=port, tls=True, timeout=UNIT, retry=False)
+
+
+# Unix sockets
+
+
+@contextmanager
+def full_queue(path: Path) -> Iterator[socket.socket]:
+    """A listening Unix socket whose queue is full."""
+    with socket.socket(socket.AF_UNIX) as listener, ExitStack() as stack:
+        listener.bind(str(path))
+        listener.listen(0)
+        code = 0
+        while not code:
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+            sock.setblocking(False)
+            code = sock.connect_ex(str(path))
+        yield listener
+
+
+@CONNECTS
+def test_unix_socket_with_full_queue_times_out(connect: Connect, tmp_path: Path) -> None:
+    with full_queue(tmp_path / "socket"), pytest.raises(TimeoutError, match="socket can't be reached: timed out"):
+        connect(f"unix:{tmp_path}/socket", timeout=UNIT)
+
+
+def test_unix_socket_with_full_queue_is_retried_until_there_is_room(tmp_path: Path) -> None:
+    endpoint = parse_endpoint(f"unix:{tmp_path}/socket", 0)
+    with full_queue(tmp_path / "socket") as listener, Race(endpoint, addresses(endpoint)) as race:
+        attempts = race.run(SOON)
+        next(attempts)
+        listener.accept()[0].close()
+        for seconds in attempts:
+            race.selector.select(seconds)
+        race.winner.close()
 
 
 @CONNECTS

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from dsmq.client.connection import CLOSED_BY_SERVER, LONG_BYTES, LONG_PAUSE_SECONDS
 from dsmq.client.core import Core
-from dsmq.client.dial import Race, addresses, certified_name, explain_failure, explain_greeting
+from dsmq.client.dial import Race, addresses, certified_name, explain_greeting, explain_handshake
 from dsmq.client.replies import is_lost, raise_if_fatal, reason
 from dsmq.client.requests import BYTES_AT_ONCE, PUTS_AT_ONCE, Call, Producer
 from dsmq.client.session import State
@@ -257,9 +257,10 @@ async def _connect(core: Core, endpoint: Endpoint) -> tuple[Connection, State]:
             await hello.future
             state, era = core.session.handle_hello(hello.call.reply)
     except BaseException as error:
+        is_silent = connection is None or not connection.received
+        core.silent_addresses += is_silent and isinstance(error, OSError)
         if connection is not None:
             connection.fail(ConnectionResetError("not a usable connection"))
-            core.silent_addresses += isinstance(error, OSError) and not connection.received
         if isinstance(error, TimeoutError) and not str(error):
             raise TimeoutError(f"{endpoint}: no reply within {core.timeout:g} s") from None
         if connection is not None and isinstance(error, ReplyError | OSError):
@@ -290,7 +291,7 @@ async def _open(core: Core, endpoint: Endpoint, limit: asyncio.Timeout) -> Conne
     except BaseException as error:
         race.winner.close()
         if isinstance(error, OSError):
-            raise explain_failure(endpoint, error) from None
+            raise explain_handshake(endpoint, error, core.timeout) from None
         raise
 
 

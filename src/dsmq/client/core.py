@@ -96,7 +96,7 @@ class Core:
         self.endpoint = self.endpoints[0]
         """The server to connect to now."""
         self.silent_addresses = 0
-        """How many addresses have accepted a connection without answering, so others are tried before them."""
+        """How many connections have failed without an answer: each time, another address of the host comes first."""
         self._failed = self.endpoint
         self._has_chosen = len(self.endpoints) == 1
         self.tls = tls_context(options)

@@ -32,6 +32,8 @@ STAGGER_SECONDS = 0.25
 REST_SECONDS = 2.0
 # A selector does not accept an infinite wait.
 _LONGEST_WAIT_SECONDS = 86_400.0
+# How often to try a Unix socket whose listen queue is full.
+_FULL_SECONDS = 0.02
 # EWOULDBLOCK is missing because a Unix socket with a full queue reports it and then does not continue connecting.
 _IN_PROGRESS = {errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
 _TLS_ALERT = b"\x15\x03"
@@ -104,7 +106,7 @@ def dial(endpoint: Endpoint, tls: SSLContext | None, timeout: float, skip: int) 
         return connect(tls, sock, certified_name(endpoint))
     except OSError as error:
         sock.close()
-        raise explain_failure(endpoint, error) from None
+        raise explain_handshake(endpoint, error, timeout) from None
 
 
 def _connect(endpoint: Endpoint, timeout: float, skip: int = 0) -> socket.socket:
@@ -112,6 +114,17 @@ def _connect(endpoint: Endpoint, timeout: float, skip: int = 0) -> socket.socket
         for seconds in race.run(timeout):
             race.selector.select(seconds)
     return race.winner
+
+
+def explain_handshake(endpoint: Endpoint, error: OSError, timeout: float) -> OSError:
+    """Return an error to raise instead of the one that ended the TLS handshake."""
+    import ssl  # noqa: PLC0415 - most clients don't need it
+
+    if isinstance(error, ConnectionError | ssl.SSLEOFError):
+        return _closed_silently(endpoint, "does it speak TLS?")
+    if isinstance(error, TimeoutError):
+        return TimeoutError(f"{endpoint}: no reply within {timeout:g} s")
+    return explain_failure(endpoint, error)
 
 
 def explain_failure(endpoint: Endpoint, error: OSError) -> OSError:
@@ -160,6 +173,7 @@ class Race:
         self._left = left
         self._pending: dict[socket.socket, Address] = {}
         self._errors: list[tuple[Address, OSError]] = []
+        self._is_full = False
 
     def __enter__(self) -> Self:
         return self
@@ -183,9 +197,9 @@ class Race:
                 raise self._failure()
             if not self._left and any(isinstance(error, ConnectionRefusedError) for _, error in self._errors):
                 until = min(until, now + REST_SECONDS)
-            if self._pending:
-                pause = min(STAGGER_SECONDS, until - now) if self._left else until - now
-                yield max(0.0, min(pause, _LONGEST_WAIT_SECONDS))
+            if self._pending or self._is_full:
+                pause = _FULL_SECONDS if self._is_full else STAGGER_SECONDS if self._left else _LONGEST_WAIT_SECONDS
+                yield max(0.0, min(pause, until - now))
             for key, _ in self.selector.select(0) if self._pending else ():
                 if self._finish(key.fileobj):
                     return
@@ -203,7 +217,12 @@ class Race:
         except OSError as error:
             self._fail(sock, error)
             return
-        if code and code not in _IN_PROGRESS:
+        if code == errno.EAGAIN and self._endpoint.path:
+            # The listen queue is full, and a Unix socket does not wait for room by itself.
+            self._left.append(self._pending.pop(sock))
+            self._is_full = True
+            sock.close()
+        elif code and code not in _IN_PROGRESS:
             self._fail(sock, OSError(code, os.strerror(code)))
         else:
             self.selector.register(sock, selectors.EVENT_WRITE)
@@ -227,7 +246,7 @@ class Race:
     def _failure(self) -> OSError:
         """Return the error to raise because no address could be reached."""
         timed_out = TimeoutError(errno.ETIMEDOUT, "timed out")
-        errors = [*self._errors, *((address, timed_out) for address in self._pending.values())]
+        errors = [*self._errors, *((address, timed_out) for address in (*self._pending.values(), *self._left))]
         reasons = "; ".join(f"{address[3][0]}: {reason(error)}" for address, error in errors)
         refused = [error for _, error in errors if isinstance(error, ConnectionRefusedError)]
         if refused:
@@ -255,6 +274,11 @@ class ClosedSilently(ConnectionResetError):
     """The connection was closed without an answer, for example by a proxy whose server has not started yet."""
 
 
+def _closed_silently(endpoint: Endpoint, question: str) -> ClosedSilently:
+    about = "accepts connections and closes them immediately; is the server behind it up?"
+    return ClosedSilently(f"{endpoint} {about} {question}")
+
+
 def explain_greeting(endpoint: Endpoint, received: bytes, error: Exception, *, is_first: bool) -> Exception:
     """Return the error to raise instead of this one, if `received` is not a dsmq server's reply to HELLO.
 
@@ -263,8 +287,7 @@ def explain_greeting(endpoint: Endpoint, received: bytes, error: Exception, *, i
     if is_first and isinstance(error, ConnectionResetError) and not received:
         received = _ask_for_mqtt(endpoint)
         if not received:
-            about = "accepts connections and closes them immediately; is the server behind it up? does it require TLS?"
-            return ClosedSilently(f"{endpoint} {about}")
+            return _closed_silently(endpoint, "does it require TLS?")
         error = ProtocolError(str(error))
     if isinstance(error, TimeoutError):
         return TimeoutError(f"{endpoint}: {error}")

@@ -114,9 +114,10 @@ class Pool:
             self._refs.add(weakref.ref(connection, self._refs.discard))
             core.raise_if_closed()
         except BaseException as error:
+            is_silent = connection is None or not connection.received
+            core.silent_addresses += is_silent and isinstance(error, OSError)
             if connection is not None:
                 connection.close()
-                core.silent_addresses += isinstance(error, OSError) and not connection.received
                 if isinstance(error, ReplyError | OSError):
                     is_first = not core.session.epoch
                     raise explain_greeting(endpoint, connection.received, error, is_first=is_first) from None
