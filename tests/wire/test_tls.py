@@ -70,6 +70,22 @@ def test_tls_error_names_address_and_remedy(connect: Connect, files: Files, serv
     assert "does the server speak TLS?" in error_of(server.port, tls=True)
 
 
+@CONNECTS
+def test_tls_proxy_without_server_is_explained(connect: Connect, files: Files) -> None:
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                with context.wrap_socket(listener.accept()[0], server_side=True) as sock:
+                    sock.recv(65_536)
+
+    context = tls.server_context(files.server, "", "")
+    with ThreadPoolExecutor(1) as pool, socket.create_server(("127.0.0.1", 0)) as listener:
+        pool.submit(serve)
+        with pytest.raises(ConnectionError, match=r"is the server behind it up\? does it speak TLS\?"):
+            connect(port=listener.getsockname()[1], ca_file=files.ca, retry=False)
+        listener.shutdown(socket.SHUT_RDWR)
+
+
 def test_put_and_get_over_tls(tls_server: Server, files: Files) -> None:
     with connect(port=tls_server.port, ca_file=files.ca, token=ADMIN) as mq:
         assert mq.put("t", "x") == 1

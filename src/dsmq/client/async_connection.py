@@ -264,7 +264,7 @@ async def _connect(core: Core, endpoint: Endpoint) -> tuple[Connection, State]:
         if isinstance(error, TimeoutError) and not str(error):
             raise TimeoutError(f"{endpoint}: no reply within {core.timeout:g} s") from None
         if connection is not None and isinstance(error, ReplyError | OSError):
-            explain = partial(explain_greeting, is_first=not core.session.epoch)
+            explain = partial(explain_greeting, is_first=not core.session.epoch, with_tls=core.tls is not None)
             # Run it in a thread, because it may connect to find out which program answers.
             loop, received = asyncio.get_running_loop(), connection.received
             raise await loop.run_in_executor(None, explain, endpoint, received, error) from None

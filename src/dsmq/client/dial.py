@@ -121,7 +121,7 @@ def explain_handshake(endpoint: Endpoint, error: OSError, timeout: float) -> OSE
     import ssl  # noqa: PLC0415 - most clients don't need it
 
     if isinstance(error, ConnectionError | ssl.SSLEOFError):
-        return _closed_silently(endpoint, "does it speak TLS?")
+        return _closed_silently(endpoint, with_tls=True)
     if isinstance(error, TimeoutError):
         return TimeoutError(f"{endpoint}: no reply within {timeout:g} s")
     return explain_failure(endpoint, error)
@@ -274,20 +274,22 @@ class ClosedSilently(ConnectionResetError):
     """The connection was closed without an answer, for example by a proxy whose server has not started yet."""
 
 
-def _closed_silently(endpoint: Endpoint, question: str) -> ClosedSilently:
+def _closed_silently(endpoint: Endpoint, *, with_tls: bool) -> ClosedSilently:
     about = "accepts connections and closes them immediately; is the server behind it up?"
-    return ClosedSilently(f"{endpoint} {about} {question}")
+    return ClosedSilently(f"{endpoint} {about} does it {'speak' if with_tls else 'require'} TLS?")
 
 
-def explain_greeting(endpoint: Endpoint, received: bytes, error: Exception, *, is_first: bool) -> Exception:
+def explain_greeting(
+    endpoint: Endpoint, received: bytes, error: Exception, *, is_first: bool, with_tls: bool
+) -> Exception:
     """Return the error to raise instead of this one, if `received` is not a dsmq server's reply to HELLO.
 
-    If nothing was received on the first connection, this connects again to check for an MQTT broker.
+    If nothing was received on the first connection, this connects again to check for an MQTT broker, unless with TLS.
     """
     if is_first and isinstance(error, ConnectionResetError) and not received:
-        received = _ask_for_mqtt(endpoint)
+        received = b"" if with_tls else _ask_for_mqtt(endpoint)
         if not received:
-            return _closed_silently(endpoint, "does it require TLS?")
+            return _closed_silently(endpoint, with_tls=with_tls)
         error = ProtocolError(str(error))
     if isinstance(error, TimeoutError):
         return TimeoutError(f"{endpoint}: {error}")

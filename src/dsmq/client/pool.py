@@ -119,8 +119,8 @@ class Pool:
             if connection is not None:
                 connection.close()
                 if isinstance(error, ReplyError | OSError):
-                    is_first = not core.session.epoch
-                    raise explain_greeting(endpoint, connection.received, error, is_first=is_first) from None
+                    facts = {"is_first": not core.session.epoch, "with_tls": core.tls is not None}
+                    raise explain_greeting(endpoint, connection.received, error, **facts) from None
             raise
         core.announce(state)
         return connection
