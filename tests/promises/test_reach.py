@@ -108,6 +108,19 @@ def test_starting_server_is_waited_for_at_all_addresses(resolve: Resolve) -> Non
         thread.join(SOON)
 
 
+@CONNECTS
+@pytest.mark.parametrize("swapped", [False, True])
+def test_starting_server_is_waited_for_whatever_happens_at_other_servers(
+    connect: Connect, retry_schedule: Callable[..., None], swapped: bool
+) -> None:
+    retry_schedule(4)
+    with refusing_address() as (host, port), black_hole() as silent:
+        for other in (f"{silent[0]}:{silent[1]}", "name.invalid"):
+            servers = [f"{host}:{port}", other]
+            with pytest.raises(ConnectionRefusedError, match=r"no server answers at .* \(tried for"):
+                connect(servers[::-1] if swapped else servers, timeout=UNIT)
+
+
 # Proxies and other programs
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, cast
 
 from dsmq.client.connection import CLOSED_BY_SERVER, LONG_BYTES, LONG_PAUSE_SECONDS
-from dsmq.client.core import Core
+from dsmq.client.core import Core, pop_failure
 from dsmq.client.dial import Race, addresses, certified_name, explain_greeting, explain_handshake
 from dsmq.client.replies import is_lost, raise_if_fatal, reason
 from dsmq.client.requests import BYTES_AT_ONCE, PUTS_AT_ONCE, Call, Producer
@@ -230,6 +230,7 @@ def _fail_calls(connection: Connection) -> None:
 
 async def connect(core: Core) -> tuple[Connection, State]:
     """Return a new connection to one of the servers, and the new state. Raises OSError or a server's error."""
+    failures: list[Exception] = []
     for endpoint, is_last in core.attempts():
         try:
             connection, state = await _connect(core, endpoint)
@@ -237,8 +238,9 @@ async def connect(core: Core) -> tuple[Connection, State]:
             if not is_lost(error, connecting=True):
                 raise
             core.move_on(endpoint)
+            failures.append(error)
             if is_last:
-                raise
+                raise pop_failure(failures) from None
         else:
             break
     if core.choose():

@@ -32,6 +32,16 @@ NOT_STARTED = (ConnectionRefusedError, FileNotFoundError, ClosedSilently)
 _logger = logging.getLogger(__name__)
 
 
+def pop_failure(failures: list[Exception]) -> Exception:
+    """Return why no server can be reached: the last error that may mean that one is starting, else the last.
+
+    Removes all of them, or the error would refer to itself through the caller's frame.
+    """
+    found = next((error for error in reversed(failures) if isinstance(error, NOT_STARTED)), failures[-1])
+    failures.clear()
+    return found
+
+
 class Options(Security, total=False):
     """The options of `connect`, in both clients. The times are in seconds."""
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from dsmq.client import connection as one
 from dsmq.client.connection import Connection
-from dsmq.client.core import IDLE_SECONDS, Core
+from dsmq.client.core import IDLE_SECONDS, Core, pop_failure
 from dsmq.client.dial import explain_greeting
 from dsmq.client.replies import is_lost
 from dsmq.client.requests import Call, Producer
@@ -84,6 +84,7 @@ class Pool:
     def connect(self) -> Connection:
         """Return a new connection to one of the servers. Raises OSError or a server's error."""
         core = self._core
+        failures: list[Exception] = []
         for endpoint, is_last in core.attempts():
             try:
                 connection = self._connect(endpoint)
@@ -91,8 +92,9 @@ class Pool:
                 if not is_lost(error, connecting=True):
                     raise
                 core.move_on(endpoint)
+                failures.append(error)
                 if is_last:
-                    raise
+                    raise pop_failure(failures) from None
             else:
                 break
         if core.choose():
