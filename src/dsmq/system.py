@@ -9,6 +9,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 
 # File descriptors reserved for purposes other than connections, and the limit to request if the hard limit is infinite.
@@ -91,7 +92,8 @@ def raise_malloc_threshold() -> None:
     glibc's malloc raises its threshold when a large block is freed (mallopt(3), M_MMAP_THRESHOLD), to at most 32 MiB.
     Fresh memory costs a page fault for every 4 KiB.
     """
-    bytes(16 << 20)
+    with suppress(MemoryError):
+        bytes(16 << 20)
 
 
 def resident_bytes() -> int:

@@ -18,6 +18,7 @@ import pytest
 
 from conftest import ROOT, SOON, wait_until
 from dsmq.client import connect
+from dsmq.server import Server
 from dsmq.system import allow_more_files
 
 # Systems other than Unix
@@ -44,6 +45,35 @@ def test_unsupported_platform_is_reported_in_one_line() -> None:
     code = "from dsmq.server import serve\ntry: serve()\nexcept Exception as error: print(type(error).__name__, error)"
     done = without_unix(code)
     assert (done.stdout, done.stderr) == (f"StartupError {reason}\n", "")
+
+
+WITH_LITTLE_MEMORY = """
+import asyncio, resource, sys
+from pathlib import Path
+from dsmq import aio
+from dsmq.client import connect
+
+MESSAGE = "x" * 70_000
+
+async def main():
+    async with aio.connect(port=int(sys.argv[1])) as mq:
+        await mq.put("t", MESSAGE)
+        assert await mq.get("t") == MESSAGE
+
+asyncio.run(asyncio.sleep(0))
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 8_000_000,) * 2)
+with connect(port=int(sys.argv[1])) as mq:
+    mq.put("t", MESSAGE)
+    assert mq.get("t") == MESSAGE
+asyncio.run(main())
+"""
+
+
+def test_clients_run_with_little_memory(server: Server) -> None:
+    command = [sys.executable, "-c", WITH_LITTLE_MEMORY, str(server.port)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SOON)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # Without a limit, macOS allows about 10,000; others may not allow any change.
