@@ -125,6 +125,14 @@ def test_watch_prints_once_if_output_is_not_a_terminal(topic: str, mq: DSMQClien
     assert [line for line in lines if re.fullmatch(rf" +0\.0 +1 +0\.00 MB  {topic}\\x1b\[2J", line)]
 
 
+def test_watch_counts_one_in_the_singular() -> None:
+    with daemon() as own, own.client() as mq:
+        for topics, messages in (("1 topic", "1 message"), ("2 topics", "2 messages")):
+            mq.put(topics, "x")
+            out = result("watch", "--interval", str(UNIT), "--port", str(own.port))[1].decode()
+            assert out.splitlines()[1] == f"{topics}, {messages}, 0.00 MB"
+
+
 def test_watch_measures_rates(topic: str, mq: DSMQClientSideConnection) -> None:
     with started("watch", "--interval", "1") as process:
         assert process.stdout is not None

@@ -195,6 +195,16 @@ def test_full_disk_is_reported(topic: str, mq: DSMQClientSideConnection) -> None
     assert (process.returncode, process.stderr) == (1, b"dsmq: No space left on device\n")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", ["--help", "get --help", "--version"])
+def test_full_disk_is_reported_by_help(arguments: str, unbuffered: str) -> None:
+    with open("/dev/full", "wb") as full:
+        command, env = [sys.executable, "-m", "dsmq", *arguments.split()], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=env, check=False)
+    assert (process.returncode, process.stderr) == (1, b"dsmq: No space left on device\n")
+
+
 @pytest.mark.parametrize("redirection", ["put {topic} <&-", "get {topic} --after 0 >&-", "topics >&-", "ping >&-"])
 def test_closed_standard_files_cause_no_traceback(
     redirection: str, address: None, server: Daemon, mq: DSMQClientSideConnection

@@ -201,6 +201,13 @@ class Parser(argparse.ArgumentParser):
         hint = "".join(f"; did you mean {name}?" for name in nearest)
         self.error(f"unknown {what} {quoted(word)}{hint}{about}")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Keep argparse from ignoring that help can't be printed."""
+        if file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
+
     def error(self, message: str) -> NoReturn:
         """Print the error on one line and exit."""
         self.exit(2, printable(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")

@@ -97,10 +97,10 @@ def lines(where: str, before: Sample, sample: Sample) -> list[str]:
 
     messages, size = sum(topic[1] for topic in sample.topics), sum(topic[2] for topic in sample.topics)
     head = [f"dsmq {server['dsmq_version']} at {where}, up {timedelta(seconds=server['uptime_in_seconds'])}"]
-    head.append(f"{len(sample.topics):,} topics, {messages:,} messages, {_megabytes(size)}")
+    head.append(f"{_counted(len(sample.topics), 'topic')}, {_counted(messages, 'message')}, {_megabytes(size)}")
     if "puts" in server:
         # The server sends these only to an admin.
-        head[0] += f", {server['connected_clients']:,} clients, {server['blocked_clients']:,} of them waiting"
+        head[0] += f", {_counted(server['connected_clients'], 'client')}, {server['blocked_clients']:,} of them waiting"
         head.append(
             f"{rate('puts'):,.1f} puts/s, {rate('deliveries'):,.1f} deliveries/s, {rate('expired'):,.1f} expired/s, "
             f"{rate('errors'):,.1f} errors/s"
@@ -112,6 +112,10 @@ def lines(where: str, before: Sample, sample: Sample) -> list[str]:
         for name, messages, size in sorted(sample.topics[:_MAX_TOPICS], key=lambda topic: -rates[topic[0]])
     ]
     return [printable(line) for line in (*head, "", f"{'PUTS/S':>10} {'MESSAGES':>12} {'SIZE':>14}  TOPIC", *body)]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _megabytes(size: int) -> str:
