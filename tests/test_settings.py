@@ -580,6 +580,13 @@ def test_rules_keep_their_order(tmp_path: Path) -> None:
     assert second.model_dump(exclude_none=True) == {"pattern": "ö"}
 
 
+@pytest.mark.parametrize("rules", ["", "[[topic]]\npattern = 'a'\n"])
+def test_rules_can_be_appended_to_printed_settings(rules: str, tmp_path: Path) -> None:
+    printed = config.to_toml(config.load(toml(tmp_path, rules)))
+    more = config.load(toml(tmp_path, f"{printed}\n[[topic]]\npattern = 'b'\n"))
+    assert [rule.pattern for rule in more.topic] == [*(["a"] if rules else []), "b"]
+
+
 def test_variable_for_topics_is_refused(setenv: SetEnv) -> None:
     setenv("DSMQ_TOPIC", "camera")
     assert "DSMQ_TOPIC: rules for topics are [[topic]] tables in a file" in config_error()

@@ -383,7 +383,9 @@ def to_toml(settings: Settings) -> str:
     """Return the settings as TOML, secrets masked."""
     import tomli_w  # noqa: PLC0415 - servers never need it
 
-    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))
+    values = settings.model_dump(mode="json", exclude_none=True)
+    # Tables, unlike an array, can be added to.
+    return "\n[[topic]]\n".join(map(tomli_w.dumps, (values, *values.pop("topic"))))
 
 
 def example() -> str:
