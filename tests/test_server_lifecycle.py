@@ -254,6 +254,26 @@ def test_shutdown_stops_run_in_any_thread(server: Server, wire: Wire) -> None:
     assert wire.ended()
 
 
+def test_shutdown_stops_a_server_that_nothing_runs() -> None:
+    with serving() as server, wire_to(server) as wire, wire_to(server) as other:
+        wire.ask_for_notices()
+        assert wire.call("SHUTDOWN") == "OK"
+        assert other.ended()
+        wait_until(lambda: not any(part.thread.is_alive() for part in server._parts()))
+
+
+def test_server_starts_only_once() -> None:
+    with serving() as server:
+        port = server.port
+        with pytest.raises(RuntimeError, match="only once"):
+            server.start()
+        with wire_to(server) as wire:
+            assert wire.call("PING") == "PONG"
+        assert server.port == port
+    with pytest.raises(RuntimeError, match="only once"):
+        server.start()
+
+
 def test_shutdown_can_be_forbidden() -> None:
     with serving(allow_shutdown=False) as server, wire_to(server) as wire:
         assert wire.error("SHUTDOWN") == "NOPERM"

@@ -28,7 +28,7 @@ from dsmq.broker.access import Access
 from dsmq.broker.admission import Admission
 from dsmq.broker.commands import TABLE
 from dsmq.broker.context import ServerContext
-from dsmq.broker.event_loop import EventLoop
+from dsmq.broker.event_loop import EventLoop, disconnect_clients, wake_readers
 from dsmq.broker.jobs import TakeQueues
 from dsmq.broker.listener import Listener
 from dsmq.broker.usage import Usage
@@ -125,8 +125,9 @@ class Server:
         self._store = own_store or new_store(settings)
         # Reasons to stop; None requests a reload.
         self._commands: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        shut_down = partial(self.request_stop, shutdown=True)
         self.context = ServerContext(
-            TABLE, settings, self._store, Access.load(settings), Usage(), TakeQueues(), self.request_stop
+            TABLE, settings, self._store, Access.load(settings), Usage(), TakeQueues(), shut_down
         )
         self._apply(settings)
         self._listeners: list[Listener] = []
@@ -140,7 +141,7 @@ class Server:
         self.context.info = self.status.info
         self._admission = Admission(self.context, self._workers, self.status.own_counters)
         self._full: set[str] = set()
-        self._stopped = False
+        self._runs = self._stopped = False
         self._stopping = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -172,8 +173,10 @@ class Server:
         """Listen and serve in the server's own threads.
 
         Raises StartupError, or ConfigError if other machines could connect without authentication. In that case,
-        nothing is left behind.
+        nothing is left behind. A server can be started only once.
         """
+        if self._stopped or self in _servers:
+            raise RuntimeError("a server can be started only once: make another Server")
         system.raise_malloc_threshold()
         with ExitStack() as undo:
             undo.callback(self.stop)
@@ -182,8 +185,7 @@ class Server:
                 undo.pop_all()
                 return
             self._listen()
-            if not self._http_endpoints:
-                self._listen_for_http()
+            self._http_endpoints = self._http_endpoints or _listen_for_http(self.status, self._systemd)
             if self._snapshotter:
                 # Until then, new clients wait in the listen queue.
                 self._snapshotter.open()
@@ -207,25 +209,13 @@ class Server:
         self._listeners = [Listener(sock, self._admission.assign, close) for sock in sockets]
         self.context.access.check_exposure(sockets)
 
-    def _listen_for_http(self) -> None:
-        settings, passed = self.context.settings, self._systemd.queue
-        close = socket.socket.close if passed else listening.close
-        # If systemd passes the sockets, the process may have no network access, and can't open others.
-        sockets = self._systemd.metrics
-        if not passed and settings.http_port != "off":
-            sockets = listening.listen(settings.http_host, settings.http_port, 16, "http-")
-        if sockets:
-            from dsmq.ops.http import HTTPEndpoint  # noqa: PLC0415 - slow, and may not be needed
-
-            self._http_endpoints = [HTTPEndpoint(sock, self.status, close) for sock in sockets]
-
     def _open_store(self) -> bool:
         """Wait until the store is ready, while /readyz reports why it is not; return False if asked to stop first."""
         self._store.groups.on_available = self.context.take_queues.wake
-        self._store.start(partial(_wake_readers, self._workers), partial(_disconnect_clients, self._workers))
+        self._store.start(partial(wake_readers, self._workers), partial(disconnect_clients, self._workers))
         if self._store.wait(0.0):
             return True
-        self._listen_for_http()
+        self._http_endpoints = _listen_for_http(self.status, self._systemd)
         start(endpoint.start for endpoint in self._http_endpoints)
         return await_store(self._store, lambda: self.status.stopping, self._systemd.notify)
 
@@ -246,6 +236,7 @@ class Server:
 
         Raises ServerFailed if one of its threads dies, or the final snapshot can't be written.
         """
+        self._runs = True
         while True:
             with suppress(queue.Empty):
                 if reason := self._commands.get(timeout=min(WATCH_SECONDS, self._systemd.watchdog_interval)):
@@ -258,10 +249,15 @@ class Server:
                     self.reload()
             self._watch()
 
-    def request_stop(self, reason: str) -> None:
-        """Make `run` stop the server. Safe in signal handlers and threads."""
+    def request_stop(self, reason: str, *, shutdown: bool = False) -> None:
+        """Make `run` stop the server. Safe in signal handlers and threads.
+
+        `shutdown`: a client has requested it, so stop even if nothing calls `run`.
+        """
         self.status.stopping = True
         self._commands.put(reason)
+        if shutdown and not self._runs:
+            threading.Thread(target=self.stop, name="dsmq-stop").start()
 
     def request_reload(self) -> None:
         """Make `run` reload the configuration. Safe in signal handlers and threads."""
@@ -394,19 +390,18 @@ class Server:
             self._snapshotter.close_inherited()
 
 
-def _wake_readers(workers: Sequence[EventLoop], topics: set[bytes]) -> None:
-    for worker in workers:
-        if worker.waiters.by_topic or worker.waiters.patterns.waiting:
-            worker.waiters.wake(topics)
+def _listen_for_http(status: Status, systemd: Systemd) -> list[HTTPEndpoint]:
+    settings, passed = status.context.settings, systemd.queue
+    close = socket.socket.close if passed else listening.close
+    # If systemd passes the sockets, the process may have no network access, and can't open others.
+    sockets = systemd.metrics
+    if not passed and settings.http_port != "off":
+        sockets = listening.listen(settings.http_host, settings.http_port, 16, "http-")
+    if not sockets:
+        return []
+    from dsmq.ops.http import HTTPEndpoint  # noqa: PLC0415 - slow, and may not be needed
 
-
-def _disconnect_clients(workers: Sequence[EventLoop], reason: str) -> None:
-    """Disconnect clients without a notice, which would mean that unanswered puts are not stored."""
-    if connections := sum(len(worker.connections) for worker in workers):
-        about = logs.event("disconnecting", connections=connections, reason=reason)
-        _logger.info("disconnecting %d clients: %s", connections, reason, extra=about)
-    for worker in workers:
-        worker.post(partial(worker.close_connections, reason))
+    return [HTTPEndpoint(sock, status, close) for sock in sockets]
 
 
 def _call_in_loops(calls: Sequence[tuple[EventLoop, Callable[[], None]]], deadline: float) -> None:

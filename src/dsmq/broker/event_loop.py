@@ -364,3 +364,18 @@ def _slice_seconds(count: int) -> float:
     if count > CROWD:
         return 0.0
     return max(LEAST_SLICE_SECONDS, TURN_SECONDS / max(4, count))
+
+
+def wake_readers(workers: Sequence[EventLoop], topics: set[bytes]) -> None:
+    for worker in workers:
+        if worker.waiters.by_topic or worker.waiters.patterns.waiting:
+            worker.waiters.wake(topics)
+
+
+def disconnect_clients(workers: Sequence[EventLoop], reason: str) -> None:
+    """Disconnect clients without a notice, which would mean that unanswered puts are not stored."""
+    if connections := sum(len(worker.connections) for worker in workers):
+        about = logs.event("disconnecting", connections=connections, reason=reason)
+        _logger.info("disconnecting %d clients: %s", connections, reason, extra=about)
+    for worker in workers:
+        worker.post(partial(worker.close_connections, reason))
