@@ -660,13 +660,13 @@ def test_read_ahead_lost_by_server_kill_is_returned(client_clock: ClientClock) -
     take(reader, 1)
     follow(reader, "one", b"second", 2)
     assert take(reader) == []
-    assert reader.doubt == (reader.asked()[0].era, 1)
+    assert reader.doubt == (reader.asked()[0].era, "", 1)
     renumber(reader, 2)
     accept(reader, entries(2))
     assert take(reader, 1) == [2]
     client_clock.passed = 3.0
     assert take(reader) == [3, 4]
-    assert reader.doubt == (reader.asked()[0].era, 4)
+    assert reader.doubt == (reader.asked()[0].era, "", 4)
     renumber(reader, 2)
     accept(reader, [entry(2**32, 3)])
     assert (take(reader), reader.missed) == ([2**32], 0)

@@ -41,6 +41,14 @@ class Peer:
     def take(self, n: int = 100, claim: Claim | None = None) -> list[tuple[str, int]]:
         return self.reader.take([] if claim is None else claim, n, lambda _, one: (one.topic, one.topic_number))
 
+    def renumber(self, restored: dict[str, int]) -> list[tuple[str, int]]:
+        """Answer what the reader asks after a kill: the last numbers before an id; return the questions."""
+        asked = []
+        while doubt := self.reader.doubt:
+            asked.append(doubt[1:])
+            self.reader.renumber(doubt, restored[doubt[1]])
+        return asked
+
     def missed(self) -> tuple[int, list[int]]:
         return self.reader.missed, [self.reader.missed_in(topic) for topic in TOPICS]
 
@@ -218,13 +226,58 @@ def test_kill_keeps_counts_and_restarts_numbers(peer: Peer, client_clock: Client
     assert peer.missed() == (1, [1, 0, 0])
     era = peer.reader.asked()[0].era
     era.next[0] = Era("one", b"second", 0, None, [(2, 2**32)])
-    assert peer.reader.doubt is None
+    assert peer.renumber({"a": 1}) == [("a", 4)]
     peer.last_id, peer.stored, peer.numbers = 2**32, peer.stored[:2], {"a": 1, "b": 1, "c": 0}
     for topic in "aab":
         peer.put(topic)
     peer.fetch()
     assert peer.take() == [("a", 2), ("a", 3), ("b", 2)]
     assert peer.missed() == (1, [1, 0, 0])
+
+
+@pytest.mark.parametrize("is_read", [True, False], ids=["read", "read ahead"])
+def test_messages_that_replace_lost_ones_and_expire_are_missed(
+    peer: Peer, client_clock: ClientClock, *, is_read: bool
+) -> None:
+    for topic in "abcab":
+        peer.put(topic)
+    peer.fetch()
+    peer.take(100 if is_read else 3)
+    # The snapshot has only the first three messages.
+    era = peer.reader.asked()[0].era
+    era.next[0] = Era("one", b"second", 0, None, [(3, 2**32)])
+    if not is_read:
+        assert peer.take() == [("a", 2), ("b", 2)]
+    assert peer.renumber({"a": 1, "b": 1}) == [("a", 4), ("b", 5)]
+    peer.last_id, peer.stored, peer.numbers = 2**32, peer.stored[:3], dict.fromkeys("abc", 1)
+    for topic in "aaabc":
+        peer.put(topic, 1.0)
+    client_clock.passed += 2.0
+    for topic in "abc":
+        peer.put(topic)
+    peer.fetch()
+    assert peer.take() == [("a", 5), ("b", 3), ("c", 3)]
+    assert peer.missed() == (5, [3, 1, 1])
+
+
+def test_messages_given_back_before_a_kill_do_not_make_later_ones_missed(peer: Peer) -> None:
+    for topic in "aabaa":
+        peer.put(topic)
+    peer.fetch()
+    claim: Claim = []
+    peer.take(1, claim)
+    assert peer.take() == [("a", 2), ("b", 1), ("a", 3), ("a", 4)]
+    take_back([(claim, [])])
+    era = peer.reader.asked()[0].era
+    era.next[0] = Era("one", b"second", 0, None, [(5, 2**32)])
+    peer.last_id = 2**32
+    for topic in "ab":
+        peer.put(topic)
+    returned = []
+    while peer.fetch():
+        returned += peer.take()
+    assert returned == [("a", 1), ("a", 5), ("b", 2)]
+    assert peer.missed() == (0, [0, 0, 0])
 
 
 def test_messages_that_expired_around_a_kill_are_missed(peer: Peer, client_clock: ClientClock) -> None:

@@ -176,14 +176,17 @@ class History:
 class Reader:
     """A client that reads in the first run; in the second, it is absent, reads once, or continues to read."""
 
-    def __init__(self, host: str, when: str, later: str) -> None:
-        self._mq = connect(host)
+    def __init__(self, host: str, topic: str | list[str], when: str, later: str) -> None:
+        self._mq, self._topic = connect(host), topic
         self._when, self._later = when, later
         self.got: list[str] = []
 
+    def _read(self, n: int) -> list[str]:
+        return [message.text for message in self._mq.read(self._topic, n)]
+
     def begin(self) -> None:
         # Messages put before the first one it gets are not counted.
-        self.got += drain(self._mq)
+        self.got += self._read(1000)
 
     def act(self, when: str, run: int) -> None:
         is_time, later = when == self._when.split()[0], self._later if run else "reads"
@@ -191,15 +194,16 @@ class Reader:
             self._mq.ping()
         elif later == "reads" and is_time:
             # One message; the rest is fetched with it.
-            self.got += [self._mq.get("t")] if self._when.endswith("ahead") else drain(self._mq)
+            self.got += self._read(1 if self._when.endswith("ahead") else 1000)
 
     def check(self, history: History) -> None:
         """Continue to read; stored messages that it does not get have expired."""
-        while not (got := drain(self._mq)) or got[-1] != history.held[-1]:
+        while not (got := self._read(1000)) or got[-1] != history.held[-1]:
             self.got += got
             history.put(f"end {len(history.held)}")
         self.got += got
-        assert self._mq.missed == len(set(history.held) - {*self.got}), (self._when, self._later, self.got)
+        about = self._topic, self._when, self._later, self.got
+        assert self._mq.missed == self._mq.missed_in("t") == len(set(history.held) - {*self.got}), about
         self._mq.close()
 
 
@@ -218,7 +222,8 @@ def test_missed_is_exact_after_any_absence_of_client(restarted: Restarted, ends:
     history = History(restarted)
     history.start()
     readers = [
-        Reader(restarted.host, when, later)
+        Reader(restarted.host, topic, when, later)
+        for topic in ("t", ["t", "*other"])
         for when in ("early", "early and ahead", "late", "late and ahead")
         for later in ("is absent", "reads once", "reads")
     ]

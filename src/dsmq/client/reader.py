@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TypeAlias, TypeVar
 
 from dsmq.client.arguments import Names
-from dsmq.client.stretch import Back, Entry, Era, Step, Stretch, in_next_era, insert, without_numbers
+from dsmq.client.stretch import Back, Doubt, Entry, Era, Step, Stretch, in_next_era, insert, without_numbers
 from dsmq.errors import MessageNotText
 from dsmq.system import boot_time
 from dsmq.wire.limits import DEFAULT_COUNT
@@ -116,20 +116,16 @@ class TopicReader:
         return counts[topic].missed if counts and topic in counts else 0
 
     @property
-    def doubt(self) -> tuple[Era, int] | None:
-        """The era and id for which `restored_number` is needed before messages are taken, if any."""
+    def doubt(self) -> Doubt | None:
+        """What `restored_number` is needed for before messages are taken, if anything."""
         stretch, at = self._current()
-        return (stretch.era, stretch.taken(at)[0]) if stretch.ask else None
+        return stretch.doubt(at)
 
-    def renumber(self, doubt: tuple[Era, int], restored: int) -> None:
+    def renumber(self, doubt: Doubt, restored: int) -> None:
         """Continue counting from the topic's last number before the id was lost."""
-        while self.doubt == doubt:
+        while True:
             stretch, at = self._current()
-            after = stretch.remaining(at)
-            after.ask = False
-            if after.era.lost(after.id) or restored < (after.number or 0):
-                after.number, after.known = restored, (0, 0)
-            if self._move(stretch, at, after):
+            if stretch.doubt(at) != doubt or self._move(stretch, at, stretch.renumbered(at, doubt, restored)):
                 return
 
     def shrink(self) -> None:
@@ -163,7 +159,7 @@ class TopicReader:
         before, behind, _ = asked
         while True:
             stretch, at = self._current()
-            if stretch.ask or (stretch is not before and not stretch.continues(before, behind)):
+            if stretch.doubt(at) or (stretch is not before and not stretch.continues(before, behind)):
                 return True
             if stretch.back is not None:
                 before = self._begin(stretch, at, stretch.back, found, scanned)

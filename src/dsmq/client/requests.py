@@ -231,8 +231,9 @@ def read(  # noqa: PLR0913, PLR0917 - what a read consists of
     while (more and len(taken) < n) or (until and not taken and time.monotonic() < until):
         yield (call := Read(session, reader, 0.0 if taken else until))
         # Check here, because this READ may have been the first call to find that the server was restarted.
-        if session.is_restarted and (doubt := reader.doubt):
-            yield (stats := Call(encode_request(b"STATS", reader.topic.encode(), b"AFTER", b"%d" % doubt[1])))
+        while session.is_restarted and (doubt := reader.doubt):
+            topic = doubt[1] or reader.topic
+            yield (stats := Call(encode_request(b"STATS", topic.encode(), b"AFTER", b"%d" % doubt[2])))
             reader.renumber(doubt, restored_number(stats.reply))
         found, scanned = call.found()
         if found:

@@ -25,7 +25,7 @@ class Entry(NamedTuple):
 
 
 class Count(NamedTuple):
-    """If several topics are read: one topic's last number (-1 if unknown), and the number that expired unread."""
+    """If several topics are read: one topic's last number, if known, and the number that expired unread."""
 
     number: int
     missed: int
@@ -35,6 +35,8 @@ class Count(NamedTuple):
 
 
 Counts: TypeAlias = dict[str, Count]
+# In place of a count's number: it is unknown, or the server has lost its message and must be asked where they continue.
+_UNKNOWN, _LOST = -1, -2
 # If there are more topics than this, those without readable messages are dropped.
 _MAX_COUNTS = 1000
 
@@ -91,7 +93,7 @@ class Stretch:
         # The number of seeks, and how many times since the last seek messages were found to have expired. A reply to a
         # request of an earlier generation is outdated.
         self.generation = 0, 0
-        # Whether the server may have lost the message with `number`, so that it must be asked where numbers continue.
+        # Whether the server may have lost a message whose number is known: it must be asked where numbers continue.
         self.ask = False
         # Epoch and id passed to `seek`, if the server is not known to have had that epoch. Discarded at the next read.
         self.sought: tuple[str, int] | None
@@ -135,6 +137,27 @@ class Stretch:
         if self.counts is not None:
             after.counts = self.counts_at(at)
             after.known_counts = self.known_counts if after.known == self.known else self.counts_at(len(self.ahead))
+        return after
+
+    def doubt(self, at: int) -> Doubt | None:
+        """Return what to ask the server about numbers before more messages are taken."""
+        if not self.ask:
+            return None
+        if self.counts is None:
+            return self.era, "", self.taken(at)[0]
+        lost = ((topic, count.id) for topic, count in (self.counts_at(at) or {}).items() if count.number == _LOST)
+        return next(((self.era, *one) for one in lost), None)
+
+    def renumbered(self, at: int, doubt: Doubt, restored: int) -> Stretch:
+        """Return the rest of this stretch, with the number that was in doubt."""
+        after = self.remaining(at)
+        if after.counts is not None:
+            after.ask = True
+            after.counts = after.counts | {doubt[1]: after.counts[doubt[1]]._replace(number=restored)}
+            return after
+        after.ask = False
+        if after.era.lost(after.id) or restored < (after.number or 0):
+            after.number, after.known = restored, (0, 0)
         return after
 
     def counts_at(self, at: int) -> Counts | None:
@@ -195,7 +218,7 @@ class Stretch:
         entries = []
         for entry in found:
             topic, this = entry.topic, entry.topic_number
-            last = numbers.get(topic, counts[topic].number if topic in counts else -1)
+            last = numbers.get(topic, counts[topic].number if topic in counts else _UNKNOWN)
             # If the server has forgotten the topic, its numbers restart at 1.
             number += 1 if last < 0 else this - last if last < this else this
             numbers[topic] = this
@@ -212,8 +235,10 @@ class Stretch:
         after = self.rest.remaining(0)
         after.missed = self.taken(at)[2]
         if self.counts is not None:
-            counts = without_numbers(self.counts_at(at)) if self.is_lost else self._counts_if_lost(at)
-            after.counts = _add_missed(after.counts or {}, counts or {})
+            counts = self._counts_if_lost(at)
+            if self.is_lost:
+                counts = _doubted(counts, self.era) if after.ask else _in_epoch_of(after, counts)
+            after.counts = _add_missed(after.counts or {}, counts)
             after.missed += self.lost(at)
         return after
 
@@ -262,6 +287,8 @@ class Stretch:
         return after
 
 
+Doubt: TypeAlias = tuple[Era, str, int]
+"""An era, a topic if several are read, and the id of a message that the server may have lost."""
 Back: TypeAlias = tuple[bytes, float]
 """LAST and a number of messages, or SINCE and a time on the clock `boot_time`; AFTER and that time once the messages up
 to the stretch's id are known to be older.
@@ -280,7 +307,19 @@ def _add_missed(later: Counts, counts: Counts) -> Counts:
 
 def without_numbers(counts: Counts | None) -> Counts | None:
     """Return counts that continue from the next message of each topic, whatever its number."""
-    return counts and {topic: count._replace(number=-1) for topic, count in counts.items()}
+    return counts and {topic: count._replace(number=_UNKNOWN) for topic, count in counts.items()}
+
+
+def _in_epoch_of(part: Stretch, counts: Counts) -> Counts:
+    """Return counts as of a stretch in another epoch. If it begins with the epoch, numbers start at 1."""
+    number = 0 if part.number == 0 == part.id and not part.is_lost else _UNKNOWN
+    return {topic: count._replace(number=number, id=part.id) for topic, count in counts.items()}
+
+
+def _doubted(counts: Counts, era: Era) -> Counts:
+    """Return counts as of an era of the same epoch. Numbers continue unless the server has lost the message."""
+    lost = {topic: count for topic, count in counts.items() if count.number != _UNKNOWN and era.lost(count.id)}
+    return counts | {topic: count._replace(number=_LOST) for topic, count in lost.items()}
 
 
 def insert(stretch: Stretch, other: Stretch) -> Stretch:
@@ -314,7 +353,12 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
     part: Stretch | None = first
     while part:
         if era.epoch == stretch.era.epoch:
-            parts += _restarted(part, era)
+            pieces = _restarted(part, era)
+            if part.counts is not None:
+                for piece in pieces:
+                    # Each one continues from the counts at the end of the previous one.
+                    piece.counts = {} if piece is not pieces[0] else _doubted(part.counts, era)
+            parts += pieces
         elif part.ahead:
             parts.append(_lost_by_server(part.ahead, part.number, era))
         part = part.rest
@@ -329,13 +373,8 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
     counts = stretch.counts_at(at)
     for one, rest in zip(parts, [*parts[1:], None], strict=True):
         one.rest, one.generation, one.positions = rest, stretch.generation, positions
-        one.counts = without_numbers(counts)
-        one.ask = one.ask and counts is None
-    if counts and era.epoch == stretch.era.epoch:
-        # The server still has the last messages of these topics, or they have expired, so their numbers continue.
-        parts[0].counts = {
-            topic: count._replace(number=-1) if era.lost(count.id) else count for topic, count in counts.items()
-        }
+        if counts is not None and era.epoch != stretch.era.epoch:
+            one.counts, one.ask = _in_epoch_of(one, counts), False
     parts[-1].back = stretch.back
     parts[0].missed = stretch.taken(at)[2]
     return parts[0]
@@ -365,8 +404,9 @@ def _restarted(part: Stretch, era: Era) -> list[Stretch]:
     first = Stretch(era, part.id, part.number)
     first.ask = part.number is not None or bool(part.ahead)
     first.known = part.known
+    first.known_counts = part.known_counts
     if era.lost(part.known[0]):
-        first.known = kept[-1][:2] if kept else (0, 0)
+        first.known, first.known_counts = kept[-1][:2] if kept else (0, 0), part.counts_at(len(kept))
     if not ahead:
         first.end = part.end
         return [first]
