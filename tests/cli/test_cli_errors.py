@@ -98,6 +98,7 @@ def test_unix_socket_is_removed_on_stop(tmp_path: Path) -> None:
         ("get t --output f -n 2", "--output writes one message"),
         ("get t --output f --follow", "--output writes one message"),
         ("get t --output=", "--output: the name of the file is empty"),
+        ("get t --output=new/", "--output: 'new/' is a directory"),
         ("put t* x", "'t*' is a pattern, because it contains *; dsmq put takes one topic"),
         ("put t x --file f", "MESSAGE and --file are mutually exclusive"),
         ("put t --file=", "--file: the name of the file is empty"),

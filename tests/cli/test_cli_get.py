@@ -185,3 +185,5 @@ def test_unusable_output_file_is_reported(topic: str, mq: DSMQClientSideConnecti
         (str(tmp_path / "missing" / "file"), 1, "No such file"),
     ):
         assert_one_line(result("get", topic, "--last", "1", "--output", name), status, f"{name}: {expected}")
+    # Even if there is no message to write.
+    assert_one_line(result("get", topic, "--output", str(tmp_path)), 2, "not a regular file")

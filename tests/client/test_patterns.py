@@ -253,6 +253,12 @@ def test_invalid_topics_and_positions_raise_at_once(
         call(mq)
 
 
+@pytest.mark.parametrize("last", [0, -1])
+def test_last_is_at_least_one(reader: Callable[..., Any], last: int) -> None:
+    with pytest.raises(ValueError, match=f"last should be 1 or more, not {last}"):
+        reader().seek("a", last=last)
+
+
 def test_read_of_several_interrupted_anywhere_loses_nothing(server: Server) -> None:
     """An interrupt between any two lines of the call."""
     with connect(port=server.port) as mq, connect(port=server.port) as writer:

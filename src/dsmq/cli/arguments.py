@@ -45,6 +45,8 @@ def addresses(text: str) -> list[tuple[str, int]]:
 def file(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("the name of the file is empty")
+    if text.endswith("/"):
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is a directory")
     return text
 
 

@@ -18,7 +18,7 @@ def replace_file(path: str, data: bytes) -> None:
     """Create or replace a file atomically. Raises OSError or ConfigError."""
     # If the path is a symbolic link, replace its target, not the link.
     target = Path(os.path.realpath(path))
-    _check_regular(target)
+    check_regular(target)
     name = target.with_name(f".{target.name}.{os.urandom(8).hex()}")
     try:
         # The umask determines the mode of a new file.
@@ -39,7 +39,8 @@ def replace_file(path: str, data: bytes) -> None:
         raise OSError(error.errno, f"{target}: {error.strerror}") from None
 
 
-def _check_regular(path: Path) -> None:
+def check_regular(path: Path | str) -> None:
+    """Raise ConfigError if the path is something other than a file."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise ConfigError(f"{path}: not a regular file")
 
@@ -53,7 +54,7 @@ class PositionFile:
 
     def load(self) -> int | str | None:
         """Return the position, or None if the file does not exist. Raises ConfigError."""
-        _check_regular(Path(self._path))
+        check_regular(Path(self._path))
         try:
             with open(self._path, "rb") as stream:
                 return arguments.position(stream.read(_MAX_BYTES).decode().strip())

@@ -29,6 +29,11 @@ def get(options: argparse.Namespace, connect: Callable[[], DSMQClientSideConnect
     seconds = options.wait if options.wait is not None else math.inf if options.follow else 0.0
     began, until = time.time(), time.monotonic() + seconds
     start = options.after, options.last, options.since
+    if options.output not in (None, "-"):
+        from dsmq.cli.files import check_regular  # noqa: PLC0415 - rarely needed
+
+        # Before waiting for a message.
+        check_regular(options.output)
     file = _position_file(options)
     left, found = _count(options), False
     with connect() as mq:

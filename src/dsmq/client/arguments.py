@@ -41,13 +41,13 @@ def seconds(name: str, value: object, *, zero: bool = True) -> float:
     return number
 
 
-def count(name: str, value: object) -> int:
+def count(name: str, value: object, least: int = 0) -> int:
     """Return a number of messages."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} should be an int, not {value!r}")
     number: int = value.__index__()
-    if number < 0:
-        raise ValueError(f"{name} should be 0 or more, not {number}")
+    if number < least:
+        raise ValueError(f"{name} should be {least} or more, not {number}")
     return number
 
 

@@ -253,8 +253,10 @@ class Client:
         if not self._session.seek(topic, 0 if position is None else position, _back(last, since)):
             self._core.report("replaced")
 
-    def forget(self, topic: str) -> None:
-        """Forget the position in a topic, to save memory. Reading it again starts from when this client connected.
+    def forget(self, topic: str | Sequence[str]) -> None:
+        """Forget the position in a topic, or in topics read together, to save memory.
+
+        Reading them again starts from when this client connected.
 
         Beyond a thousand topics, silent ones are forgotten anyway once everything read from them has expired.
         """
@@ -282,9 +284,7 @@ class Client:
 
 
 def _back(last: int | None, since: float | None) -> Back | None:
-    if last is not None and not arguments.count("last", last):
-        raise ValueError("last should be 1 or more, not 0")
     if since is not None and (seconds := arguments.seconds("since", since)) < arguments.COMMON_SECONDS:
         return b"SINCE", boot_time() - seconds
     # A larger number means all messages.
-    return None if last is None else (b"LAST", min(last, MAX_INTEGER))
+    return None if last is None else (b"LAST", min(arguments.count("last", last, 1), MAX_INTEGER))
