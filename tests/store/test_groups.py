@@ -336,6 +336,60 @@ def test_messages_count_as_untaken_from_the_first_worker_on(store: ClockedStore,
     assert stats(store).counts.expired == 1
 
 
+@pytest.mark.parametrize("is_newer", [True, False])
+def test_messages_that_had_expired_before_the_first_take_do_not_count(
+    store: ClockedStore, clock: Clock, is_newer: bool
+) -> None:
+    put(store, b"t", b"1", b"2")
+    clock.now += AGE + 1
+    if is_newer:
+        put(store, b"t", b"3")
+    # They have not been deleted yet.
+    assert ids(take(store)) == [3] * is_newer
+    expire_all(store)
+    store.groups.expire()
+    assert stats(store).counts.expired == 0
+
+
+def test_messages_dropped_after_they_were_taken_do_not_count(store: ClockedStore, clock: Clock) -> None:
+    store.limits = Limits(topic=(TopicRule(b"t", max_messages=2, when_full=DROP_OLDEST),))
+    put(store, b"t", b"1")
+    done(store, *take(store))
+    put(store, b"t", b"2", b"3")
+    clock.now += AGE + 1
+    store.groups.expire()
+    expire_all(store)
+    store.groups.expire()
+    assert (store.groups.counts().expired, store.groups.counts().dropped) == (2, 0)
+
+
+def test_failed_jobs_are_not_untaken_jobs_of_a_pattern(store: ClockedStore, clock: Clock) -> None:
+    allow(store, max_attempts=1)
+    for _ in range(2):
+        put(store, b"t", b"1")
+        take(store, b"*")
+        clock.now += LEASE
+        store.groups.expire()
+        assert take(store, b"*") == []
+    put(store, b"t/failed", b"1")
+    assert (stats(store).counts.failed, stats(store).waiting) == (2, 0)
+    clock.now += AGE + 1
+    expire_all(store)
+    store.groups.expire()
+    assert store.groups.counts().expired == 0
+
+
+def test_job_that_expires_without_workers_is_counted(store: ClockedStore, clock: Clock) -> None:
+    put(store, b"t", b"1", b"2")
+    done(store, *take(store))
+    take(store)
+    clock.now += AGE + 1
+    expire_all(store)
+    store.groups.expire()
+    assert store.groups.count == 0
+    assert store.groups.counts().expired == 1
+
+
 def test_messages_that_expire_while_the_server_is_down_count_as_untaken(store: ClockedStore, tmp_path: Path) -> None:
     put(store, b"t", b"1", b"2", b"3")
     take(store)

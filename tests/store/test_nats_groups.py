@@ -21,7 +21,7 @@ from dsmq.store.nats import NATSStore
 from dsmq.store.nats_group_plan import Refused, SharedGroup, apply_plan
 from dsmq.store.nats_group_state import read_state, write_state
 from dsmq.store.nats_room import FACTS_LEAVE
-from dsmq.store.selection import Selection
+from dsmq.store.selection import JobSelection, Selection
 from dsmq.store.sqlite import MirrorStore
 from helpers import SOON, reached, wait_until
 from store.test_nats import Stores, bodies, in_engine, put, read, stores, value
@@ -34,7 +34,7 @@ LONG, SHORT = 60_000, 100
 
 def take(store: NATSStore, key: bytes = b"t", count: int = 1, **options: Any) -> list[Job]:
     defaults = {"group": W, "lease_ms": LONG, "token": b"", "worker": "w", "max_bytes": 100_000}
-    request = Take(key=key, selection=Selection([key]), max_jobs=count, **{**defaults, **options})
+    request = Take(key=key, selection=JobSelection(key), max_jobs=count, **{**defaults, **options})
     if count > 1:
         # All at once, however busy the machine is.
         store.groups.slice_seconds = SOON
@@ -285,6 +285,64 @@ def test_messages_dropped_untaken_are_counted_alike(stores: Stores) -> None:
         servers.append(stores())
         await_same(*servers)
         assert (view(servers[-1])[0][4].dropped, view(servers[-1])[0][4].expired) == (3 * count, 0)
+
+
+def test_messages_that_had_expired_before_the_first_take_do_not_count_on_a_later_server(stores: Stores) -> None:
+    one = stores()
+    put(one, b"t", *[b"x"] * 5)
+    list(map(value, one.purge(Selection([b"t"]))))
+    ended = one.mirror.store.last_id()
+
+    async def delete(jetstream: Any) -> None:
+        await jetstream.purge_stream(stores.stream, seq=ended)
+
+    in_engine(stores.servers, delete)
+    assert take(one) == []
+    # The later server learns the topic's last number after it has applied that TAKE.
+    work = one.stream.write_facts(*one.mirror.store.all_numbers())
+    asyncio.run_coroutine_threadsafe(work, one._loop).result(SOON)
+    other = stores()
+    assert not other.groups.expire()
+    await_same(one, other)
+    assert other.groups.counts() == GroupCounts()
+
+
+def expire_early(store: NATSStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Delete all messages of one mirror, because its clock is ahead."""
+    wait_until(lambda: store.mirror.store.last_id() >= store.publisher.last_id)
+    mirror, clock = store.mirror.store, store.mirror.store._clock
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "_clock", lambda: clock() + mirror.max_age_ms + 1)
+        while mirror.expire():
+            pass
+
+
+def test_messages_that_expire_before_another_server_gives_them_count_once(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = stores(), stores()
+    put(one, b"t", *[b"x"] * 5)
+    done(one, take(one))
+    expire_early(one, monkeypatch)
+    for count in range(2, 6):
+        one.groups.expire()
+        done(other, take(other))
+        wait_until(lambda count=count: view(one)[0][4].done == count)
+    one.groups.expire()
+    assert view(one)[0][4].expired == 4
+
+
+def test_mirror_that_catches_up_counts_no_untaken_messages(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = stores()
+    assert take(one) == []
+    put(one, b"t", b"x")
+    expire_early(one, monkeypatch)
+    one.mirror.ready = False
+    one.groups.expire()
+    assert view(one)[0][4].expired == 0
+    one.mirror.ready = True
+    one.groups.expire()
+    assert view(one)[0][4].expired == 1
 
 
 def test_limits_are_checked_once_mirror_is_up_to_date(stores: Stores) -> None:

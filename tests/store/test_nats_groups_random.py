@@ -68,6 +68,7 @@ class FakeServer:
     """A server and its connection to the log."""
 
     max_message_bytes = 100_000
+    mirror = SimpleNamespace(ready=True)
 
     def __init__(self, log: Log, chance: random.Random) -> None:
         self.log, self.chance = log, chance

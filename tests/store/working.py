@@ -6,7 +6,7 @@ from stores import ClockedStore, clock, store_fixture
 
 from dsmq.store.group_figures import GroupStats
 from dsmq.store.groups import Job, Take
-from dsmq.store.selection import Selection
+from dsmq.store.selection import JobSelection
 
 AGE, LEASE = 100_000, 1_000
 W = b"workers"
@@ -26,7 +26,7 @@ def take(
     token: bytes = b"",
     max_bytes: int = 100_000,
 ) -> list[Job]:
-    request = Take(key, group, Selection([key]), count, max_bytes, lease_ms, token, "worker")
+    request = Take(key, group, JobSelection(key), count, max_bytes, lease_ms, token, "worker")
     while True:
         if (found := store.groups.take(request)) is not None:
             return found

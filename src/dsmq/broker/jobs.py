@@ -18,7 +18,7 @@ from dsmq.errors import BadRequest, Busy, Full, ReplyError
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Store
 from dsmq.store.group import Receipt
 from dsmq.store.groups import Groups, Job, Take
-from dsmq.store.selection import Pattern, Selection
+from dsmq.store.selection import JobSelection, Pattern, Selection
 from dsmq.wire.limits import MAX_COUNT, MAX_READ_BYTES
 from dsmq.wire.resp import OK, Encoded, encode_jobs
 
@@ -231,8 +231,8 @@ def _encode(client: Connection, pending: PendingRead, jobs: Sequence[Any]) -> En
 
 
 @lru_cache(256)
-def _select(key: bytes) -> Selection:
-    return Selection([key])
+def _select(key: bytes) -> JobSelection:
+    return JobSelection(key)
 
 
 def _parse_key(client: Connection, request: list[bytes]) -> tuple[bytes, bytes]:

@@ -278,9 +278,9 @@ class Group:
     def count_deleted(self, topic: bytes, number: int, dropped: int) -> None:
         """Count a topic's messages up to this number that were deleted before they were taken."""
         last = self.numbers[topic]
-        if number > last[0]:
-            self._count_untaken(last, number, dropped)
-            self.numbers[topic] = number, dropped
+        self._count_untaken(last, number, dropped)
+        # If no more than the messages taken were deleted, later ones were not among those dropped so far.
+        self.numbers[topic] = max(number, last[0]), dropped
 
     def _count_untaken(self, last: tuple[int, int], number: int, dropped: int) -> None:
         if (missing := number - last[0]) > 0:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.store.group import Group, GroupCounts, HeldJob
 from dsmq.store.schema import Batch
-from dsmq.store.selection import Selection
+from dsmq.store.selection import JobSelection
 
 if TYPE_CHECKING:
     from dsmq.store.sqlite import SQLiteStore
@@ -102,7 +102,7 @@ class GroupSnapshots:
             # The snapshot is from an earlier version.
             return
         for row, key, name, used_at, position, *counts in source.execute("SELECT * FROM worker_groups ORDER BY id"):
-            group = by_row[row] = Group(key, name, Selection([key]), used_at, position, counts=GroupCounts(*counts))
+            group = by_row[row] = Group(key, name, JobSelection(key), used_at, position, counts=GroupCounts(*counts))
             self._groups[key, name] = group
             self._base.add(group.counts, -1)
         for row, message_id, topic, attempt, until, is_held, token in source.execute(

@@ -20,13 +20,12 @@ from dsmq.store.group import MAX_DONE, Group, GroupCounts, HeldJob, Receipt
 from dsmq.store.group_figures import GroupFigures
 from dsmq.store.group_snapshots import GroupSnapshots
 from dsmq.store.read_ahead import ReadAhead
-from dsmq.store.selection import Selection
+from dsmq.store.selection import FAILED_SUFFIX, Selection
 from dsmq.terminal import quoted
 
 if TYPE_CHECKING:
     from dsmq.store.sqlite import SQLiteStore
 
-FAILED_SUFFIX = b"/failed"
 # The pause before the next attempt to move a job to the topic for failed jobs.
 MOVE_AGAIN_MS = 1_000
 # Max jobs of a group moved to that topic while holding the lock.
@@ -143,14 +142,17 @@ class Groups(GroupFigures, GroupSnapshots):
 
     def _begin(self, request: Take, now: int) -> Group:
         group = Group(request.key, request.group, request.selection, now)
-        self._groups[request.key, request.group] = group
         self._begin_counting(group)
+        self._groups[request.key, request.group] = group
         return group
 
     def _begin_counting(self, group: Group) -> None:
         """Count messages that expire from now on; with a pattern, those of a topic from the first one taken."""
-        if not (group.selection.patterns or group.numbers):
-            group.count_until(group.key, *self._source.numbers(group.key)[1:])
+        if not group.selection.patterns:
+            last, _, dropped = self._source.numbers(group.key)
+            # Messages that have expired may not be deleted yet.
+            found = self._source.read(group.key, 0, 1, 1)
+            group.count_until(group.key, found[0].number - 1 if found else last, dropped)
 
     def _is_unused(self, group: Group, now: int) -> bool:
         """Count deleted messages; return whether to forget a group, because all messages given have expired.
@@ -211,9 +213,6 @@ class Groups(GroupFigures, GroupSnapshots):
             raise self._full(group)
         for message in found.messages:
             group.count_until(message.topic, message.number, self._source.dropped(message.topic))
-            if group.selection.patterns and message.topic.endswith(FAILED_SUFFIX) > group.key.endswith(FAILED_SUFFIX):
-                # Otherwise, jobs of this group that have failed would come back as new ones.
-                continue
             job = group.add(message.id, message.topic)
             group.give(job, now + request.lease_ms, now, request.token, request.worker)
             jobs.append(Job(*message, job.attempt))
@@ -363,6 +362,8 @@ class Groups(GroupFigures, GroupSnapshots):
 
     def _forget(self, key: tuple[bytes, bytes], group: Group) -> None:
         self._memory -= group.counted_memory
+        # The messages of its jobs have expired before a worker took them again.
+        group.counts.expired += group.size
         self._base.add(group.counts)
         self._ahead.forget(group)
         del self._groups[key]

@@ -15,7 +15,7 @@ from dsmq.errors import JobLost, StoreFailed, TooBig, Unsure
 from dsmq.store.group import GroupCounts, Receipt
 from dsmq.store.nats_group_plan import Refused, SharedGroup, apply_plan, as_bytes, as_text, encode_fact
 from dsmq.store.nats_room import FACTS_LEAVE, JOBS_LEAVE
-from dsmq.store.selection import Selection
+from dsmq.store.selection import JobSelection
 
 if TYPE_CHECKING:
     from dsmq.store.api import Outcome
@@ -41,7 +41,6 @@ class GroupFacts:
     _base: GroupCounts
     _forget: Callable[..., None]
     _count_memory: Callable[..., None]
-    _begin_counting: Callable[..., None]
     # The methods that change groups directly, without an engine.
     _done: Callable[..., object]
     _give_back: Callable[..., object]
@@ -80,10 +79,12 @@ class GroupFacts:
 
     def begin_counts(self) -> None:
         """Count jobs from here on, because the mirror is complete."""
-        for group in self._groups.values():
-            self._base.add(group.counts, -1)
-            # Each server counts dropped messages from its start.
-            group.numbers = {topic: (last, self._source.dropped(topic)) for topic, (last, _) in group.numbers.items()}
+        dropped = self._source.dropped
+        with self.lock:
+            for group in self._groups.values():
+                self._base.add(group.counts, -1)
+                # Each server counts dropped messages from its start.
+                group.numbers = {topic: (last, dropped(topic)) for topic, (last, _) in group.numbers.items()}
 
     def _publish(self, call: Call, what: str, key: Key, *values: object) -> None:
         """Publish a fact; `call` gets None once it is applied, or the reason why it is not."""
@@ -149,10 +150,9 @@ class GroupFacts:
 
     def _apply_take(self, key: Key, values: list[Any], message_id: int, age_ms: int) -> None:
         with self.lock:
-            group = self._groups.get(key) or SharedGroup(*key, Selection([key[0]]), self._source.now())
+            group = self._groups.get(key) or SharedGroup(*key, JobSelection(key[0]), self._source.now())
             due = group.next_due
             apply_plan(group, values, message_id, age_ms, self._source)
-            self._begin_counting(group)
             self._groups[key] = group
         if due is None or (group.next_due or due) < due:
             # Other waiting workers have to try again when these leases end.

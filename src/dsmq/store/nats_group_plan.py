@@ -208,11 +208,19 @@ def apply_plan(group: SharedGroup, fact: list[Any], message_id: int, age_ms: int
         group.remove(group.jobs[one])
     group.counts.expired += len(gone)
     for topic, number in skipped:
-        group.count_until(as_bytes(topic), number, source.dropped(as_bytes(topic)))
+        _count_until(group, as_bytes(topic), number, source)
     for one in given:
         for job in _apply_given(group, one, age_ms, source):
             job.version = message_id
     group.position = reached
+
+
+def _count_until(group: SharedGroup, topic: bytes, number: int, source: MirrorStore) -> None:
+    """Count messages that were not taken, once, although another server may give some that this one has deleted."""
+    _, deleted, dropped = source.numbers(topic)
+    counted, _ = group.numbers.get(topic, (-1, 0))
+    if number > min(counted, deleted):
+        group.count_until(topic, number, dropped)
 
 
 def _conflicts(group: SharedGroup, given: list[Any], gone: set[int]) -> bool:
@@ -229,7 +237,7 @@ def _apply_given(group: SharedGroup, given: list[Any], age_ms: int, source: Mirr
     # Add jobs in the order of ids, like all jobs of a group.
     for message_id, number, topic in sorted((*one, topic) for topic, found in new.items() for one in found):
         name = as_bytes(topic)
-        group.count_until(name, number, source.dropped(name))
+        _count_until(group, name, number, source)
         jobs.append(group.add(message_id, name))
     group.counts.repeated += len(again)
     jobs += [group.jobs[one] for one, _ in again]

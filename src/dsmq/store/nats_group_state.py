@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dsmq.store.group import GroupCounts, HeldJob
 from dsmq.store.nats_api import NEVER_EXPIRES, WRONG_SEQUENCE, EngineError
 from dsmq.store.nats_group_plan import SharedGroup, as_bytes, as_text
-from dsmq.store.selection import Selection
+from dsmq.store.selection import JobSelection
 
 if TYPE_CHECKING:
     from dsmq.store.nats_groups import NATSGroups
@@ -116,7 +116,7 @@ def load_state(parts: Iterable[bytes], now: int, age_ms: int) -> Iterator[Shared
                 if group is not None:
                     yield group
                 names = as_bytes(key), as_bytes(name)
-                selection = Selection(names[:1])
+                selection = JobSelection(names[0])
                 group = SharedGroup(*names, selection, now - age_ms - unused_ms, position, counts=GroupCounts(*counts))
                 group.changed_by = changed_by
             case ["number", topic, number] if group:

@@ -127,7 +127,8 @@ class NATSGroups(GroupFacts, Groups):
 
     def expire(self) -> bool:
         is_done = True
-        for key, group in list(self._groups.items()):
+        # While the mirror catches up, it may delete messages before it knows that they were taken.
+        for key, group in list(self._groups.items()) if self._engine.mirror.ready else ():
             with self.lock:
                 now = self._source.now()
                 group.end_leases(now, self.limits.max_attempts)
@@ -198,6 +199,8 @@ class NATSGroups(GroupFacts, Groups):
         group.end_leases(now, self.limits.max_attempts)
         plan = Plan.of(group, self._engine.max_message_bytes, self.limits.max_topic_bytes)
         is_new = (group.key, group.name) not in self._groups
+        if is_new:
+            self._begin_counting(plan)
         plan.is_use = is_new or now - group.used_at > self._source.max_age_ms / _USES_PER_MAX_AGE
         return plan
 

@@ -329,8 +329,8 @@ class Mirror(Fold):
             self.store.apply([], max(self.store.last_id(), self._state.last_id))
             self._apply_facts(self._state.last_id)
             self.lag.update(self._state.last_id, self.store.last_id())
-            self.ready = True
             self.groups.begin_counts()
+            self.ready = True
             if self.groups.count:
                 # Write the state before facts that are not part of the last one expire.
                 self._facts_at = -math.inf

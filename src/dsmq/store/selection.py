@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 FEW_PATTERNS = 4
 # Patterns are indexed by up to this many bytes at one end or by fewer in the middle.
 MAX_END_BYTES, MAX_MIDDLE_BYTES = 32, 4
+# Failed jobs are moved to the topic with this suffix.
+FAILED_SUFFIX = b"/failed"
 # The memory that a name takes, in addition to its bytes, while a client waits for it.
 NAME_OVERHEAD_BYTES = 500
 SHORT_NAMES, SHORT_BYTES = 8, 1024
@@ -115,3 +117,20 @@ class Selection:
             if pattern.matches(name):
                 return True
         return False
+
+
+class JobSelection(Selection):
+    """The topics from which a group takes jobs: one, or those that match a pattern.
+
+    A pattern does not match topics of failed jobs, unless it ends like them. Otherwise, jobs of the group that have
+    failed would come back as new ones.
+    """
+
+    __slots__ = ("_has_failed",)
+
+    def __init__(self, key: bytes) -> None:
+        super().__init__([key])
+        self._has_failed = not self.patterns or key.endswith(FAILED_SUFFIX)
+
+    def matches(self, name: bytes) -> bool:
+        return super().matches(name) and (self._has_failed or not name.endswith(FAILED_SUFFIX))
