@@ -19,7 +19,7 @@ import asyncio
 import math
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, Unpack, overload
 
@@ -28,7 +28,7 @@ from dsmq.client import arguments, jobs, replies, requests
 from dsmq.client.arguments import Names
 from dsmq.client.async_pool import Pool, retrieve_error
 from dsmq.client.core import NOT_STARTED, Client, Options, Retries
-from dsmq.client.jobs import Job, Receipt, Settle, jobs_of
+from dsmq.client.jobs import Job, Settle, jobs_of
 from dsmq.client.message import Message
 from dsmq.client.reader import Claim
 from dsmq.client.replies import check, stored_id
@@ -272,7 +272,7 @@ class AsyncClient(Client):
         Its jobs are given back first, if the server answers within the client's timeout.
         """
         try:
-            await self._leave([*jobs_of(self._session).leases])
+            await self._leave(jobs.leave_all(self))
         finally:
             self._core.is_closed = True
             if self._pool is not None:
@@ -329,19 +329,19 @@ class AsyncClient(Client):
         await self._run(call)
         call.accept(jobs_of(self._session).leases)
 
-    async def _leave(self, receipts: list[Receipt], finished: Job | None = None) -> None:
-        """Give back jobs and finish one, if the server answers now. Otherwise, their leases will end."""
+    async def _leave(self, calls: Iterator[Call]) -> None:
+        """Give back jobs, if the server answers now. Otherwise, their leases will end."""
         with suppress(DSMQError, OSError, RuntimeError):
             async with asyncio.timeout(self._core.timeout):
-                for call in jobs.leave(jobs_of(self._session).leases, receipts, finished):
+                for call in calls:
                     await self._here().shared.ask_once(call)
 
-    def _leave_soon(self, *left: Any) -> None:
+    def _leave_soon(self, calls: Iterator[Call]) -> None:
         """Do the same in the client's event loop, if that is running. Thread-safe."""
 
         def begin() -> None:
             with suppress(DSMQError, RuntimeError):
-                for call in jobs.leave(jobs_of(self._session).leases, *left):
+                for call in calls:
                     self._run(call).add_done_callback(retrieve_error)
 
         if self._pool is not None:
@@ -439,9 +439,9 @@ class _Work(jobs.Work):
 
     async def aclose(self) -> None:
         """Give back the caller's job and those taken in advance."""
-        await self._mq._leave(*self.left())  # noqa: SLF001
+        await self._mq._leave(self.left())  # noqa: SLF001
 
     def __del__(self) -> None:
         # None if an argument was invalid.
         if self._mq is not None:
-            self._mq._leave_soon(*self.left())  # noqa: SLF001
+            self._mq._leave_soon(self.left())  # noqa: SLF001

@@ -159,6 +159,8 @@ def test_options_of_take_may_come_in_any_order(wire: Wire, server: Server) -> No
     wait_for_stored(server, 2)
     assert ids(call(wire, "TAKE t w 60000 token x COUNT 2 wait 10")) == [1, 2]
     assert ids(call(wire, "TAKE t w 60000 COUNT 2 TOKEN x")) == [1, 2]
+    assert ids(call(wire, "TAKE t w 60000 COUNT 0 TOKEN x")) == [1, 2]
+    assert ids(call(wire, "TAKE t w 60000 WAIT 1 COUNT 0 TOKEN y")) == []
 
 
 @pytest.mark.parametrize("request_", ["DONE t w 1 1", "RETURN t w 1 1", "EXTEND t w 1 1 1000"])

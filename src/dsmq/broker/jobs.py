@@ -204,6 +204,8 @@ def parse_take(client: Connection, request: list[bytes]) -> PendingTake:
     lease_ms, count, wait_ms, other_token = _parse_options(*words)
     if token and other_token:
         raise BadRequest("TOKEN is given twice")
+    if not (count or token or other_token):
+        raise BadRequest("COUNT 0 requires a TOKEN")
     wanted = Take(topic, group, _select(topic), count, MAX_READ_BYTES, lease_ms, token or other_token, repr(client))
     queues = client.context.take_queues
     return PendingTake(topic, 0, count, MAX_READ_BYTES, wait_ms, _encode, request=wanted, queues=queues)
@@ -220,7 +222,7 @@ def _parse_options(lease: bytes, *words: bytes) -> tuple[int, int, int, bytes]:
     """Parse lease-ms, COUNT, WAIT and TOKEN."""
     lease_ms = parse_integer(lease, "lease-ms", 1, MAX_LEASE_MS)
     options = parse_options(words, {b"WAIT": 1, b"COUNT": 1, b"TOKEN": 1})
-    count = parse_number(options, b"COUNT", 1, 1, MAX_COUNT)
+    count = parse_number(options, b"COUNT", 1, 0, MAX_COUNT)
     wait_ms = parse_number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
     return lease_ms, count, wait_ms, _check_token(options[b"TOKEN"][0]) if b"TOKEN" in options else b""
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 from dsmq.client import arguments, replies, requests
 from dsmq.client.connection import Connection
 from dsmq.client.core import NOT_STARTED, Options, Retries
-from dsmq.client.jobs import Job, jobs_of
+from dsmq.client.jobs import Job, leave_all
 from dsmq.client.message import Message
 from dsmq.client.pool import Pool
 from dsmq.client.reader import Claim
@@ -285,7 +285,7 @@ class DSMQClientSideConnection(Worker):
         Its jobs are given back first, if the server answers within the client's timeout.
         """
         try:
-            self._leave([*jobs_of(self._session).leases])
+            self._leave(leave_all(self))
         finally:
             self._core.is_closed = True
             self._pool.close()

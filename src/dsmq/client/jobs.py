@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # A job taken in advance gets a new lease if less than this share of its lease is left when its turn comes.
 _FRESH = 0.9
+# The lease of jobs that are requested only to give them back.
+_LEAVE_SECONDS = 1.0
 # If there are more jobs than this, those whose lease has ended are forgotten. Also how many tokens are kept.
 _MANY_JOBS = 1000
 
@@ -72,7 +74,7 @@ class Job(Message):
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is not None:
-            self._mq._leave([self.receipt])  # noqa: SLF001
+            self._mq._leave(leave(self._mq, [self.receipt]))  # noqa: SLF001
         elif self._is_held:
             self._mq.done(self)
 
@@ -83,7 +85,7 @@ class Job(Message):
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is not None:
-            await self._mq._leave([self.receipt])  # noqa: SLF001
+            await self._mq._leave(leave(self._mq, [self.receipt]))  # noqa: SLF001
         elif self._is_held:
             await self._mq.done(self)
 
@@ -94,8 +96,8 @@ class Jobs:
     def __init__(self) -> None:
         self.leases: dict[Receipt, float] = {}
         """When the lease of each job ends, by `boot_time`."""
-        self.tokens: dict[tuple[str, str, int], list[bytes]] = {}
-        """By topic, group and number of jobs."""
+        self.tokens: dict[tuple[str, str], list[bytes]] = {}
+        """By topic and group."""
         self._max_leases = _MANY_JOBS
         self._name, self._numbers = binascii.b2a_base64(os.urandom(9), newline=False), itertools.count(1)
 
@@ -176,16 +178,30 @@ def extend(job: Job, seconds: float) -> Settle:
     return Settle(b"EXTEND", _receipt(job), _milliseconds("seconds", seconds))
 
 
-def leave(leases: dict[Receipt, float], receipts: list[Receipt], finished: Job | None = None) -> Iterator[Settle]:
+def leave(mq: Any, receipts: list[Receipt], finished: Job | None = None) -> Iterator[Settle]:
     """Yield calls that give back those jobs that are still held, and finish one.
 
     A job is held until its call has been made. If that is interrupted, closing the client gives the job back.
     """
+    leases = jobs_of(mq._session).leases  # noqa: SLF001 - made for this
     for receipt in receipts:
         if receipt in leases:
             is_done = finished and finished.receipt == receipt
             yield Settle(b"DONE" if is_done else b"RETURN", receipt, once=True)
             leases.pop(receipt, None)
+
+
+def leave_all(mq: Any) -> Iterator[Call]:
+    """Yield calls that give back all jobs, including those of interrupted takes. Each must be made before the next."""
+    held = jobs_of(mq._session)  # noqa: SLF001 - made for this
+    yield from leave(mq, [*held.leases])
+    for (topic, group), tokens in [*held.tokens.items()]:
+        order = _order(topic, group, _LEAVE_SECONDS, 1)._replace(options=(encode_option(b"COUNT", 0),))
+        while tokens:
+            yield (take := Take(mq._session, held, order, tokens[-1:], 0.0, None))  # noqa: SLF001
+            held.add(found := take.jobs(mq), order.lease)
+            tokens.pop()
+            yield from leave(mq, [job.receipt for job in found])
 
 
 def _receipt(job: Job) -> Receipt:
@@ -213,8 +229,8 @@ class _Order(NamedTuple):
     """The encoded option COUNT, if it is needed."""
 
     @property
-    def token_key(self) -> tuple[str, str, int]:
-        return self[:3]
+    def token_key(self) -> tuple[str, str]:
+        return self[:2]
 
 
 def _order(topic: str, group: str, lease: float, prefetch: int) -> _Order:
@@ -398,7 +414,12 @@ class Work:
             if time.monotonic() >= until:
                 break
         jobs.add(found, self._order.lease)
-        self._ready = found
+        self._ready = found[: self._order.max_jobs]
+        # An interrupted take that had this token may have requested more.
+        for job in found[self._order.max_jobs :]:
+            yield (surplus := give_back(job, 0.0))
+            with suppress(JobLost):
+                surplus.accept(jobs.leases)
 
     def hand_out(self) -> Job | None:
         """Return the job that is ready, if any."""
@@ -416,7 +437,7 @@ class Work:
                 kept.pop(key, None)
         self._tokens = []
 
-    def left(self) -> tuple[list[Receipt], Job | None]:
-        """Return the jobs that the caller or this loop has, and which of them is finished."""
+    def left(self) -> Iterator[Settle]:
+        """Return calls that give back the jobs that the caller or this loop has, and finish one that is finished."""
         jobs = [self._finished, *self._ready] if self._finished else self._ready
-        return [job.receipt for job in jobs], self._finished
+        return leave(self._mq, [job.receipt for job in jobs], self._finished)

@@ -10,7 +10,8 @@ from typing import Any
 from dsmq.client import jobs
 from dsmq.client.connection import Connection
 from dsmq.client.core import Client, Retries
-from dsmq.client.jobs import Job, Receipt, Settle, jobs_of
+from dsmq.client.jobs import Job, Settle, jobs_of
+from dsmq.client.requests import Call
 from dsmq.errors import DSMQError
 
 
@@ -74,10 +75,10 @@ class Worker(Client):
         self._run(call)
         call.accept(jobs_of(self._session).leases)
 
-    def _leave(self, receipts: list[Receipt], finished: Job | None = None) -> None:
-        """Give back jobs and finish one, if the server answers now. Otherwise, their leases will end."""
+    def _leave(self, calls: Iterator[Call]) -> None:
+        """Give back jobs, if the server answers now. Otherwise, their leases will end."""
         with suppress(DSMQError, OSError):
-            for call in jobs.leave(jobs_of(self._session).leases, receipts, finished):
+            for call in calls:
                 self._run(call, retries=Retries(0.0))
 
 
@@ -100,7 +101,7 @@ class _Work(jobs.Work, Iterator[Job]):
 
     def close(self) -> None:
         """Give back the caller's job and those taken in advance."""
-        self._mq._leave(*self.left())  # noqa: SLF001
+        self._mq._leave(self.left())  # noqa: SLF001
 
     def __del__(self) -> None:
         # None if an argument was invalid.
