@@ -163,7 +163,7 @@ class FakeServer:
         self.groups = NATSGroups(self)  # type: ignore[arg-type]
         self.groups.begin(self.store)
         self.groups.limits = source.groups.limits
-        rows = [*copy_state(source.groups.copy_groups(), source.groups.now())]
+        rows = [*copy_state(source.groups.copy_groups(), source.groups.now)]
         self.groups.load_groups(load_state([b"\n".join(rows)] if rows else [], self.groups.now(), 0), source.position)
         self.position, self.is_late = 0, True
         self.fold(len(self.log.entries))
@@ -393,6 +393,40 @@ def test_request_in_progress_when_the_mirror_starts_over_is_unsure(log: Log, is_
         server.groups.begin(server.store)
     with pytest.raises(Unsure):
         answer.result(0)
+
+
+def test_facts_may_be_applied_between_groups_that_are_copied(log: Log) -> None:
+    server, late = FakeServer(log, random.Random(1)), FakeServer(log, random.Random(2))
+
+    def fold() -> None:
+        server.deliver(safely=True)
+        server.fold(len(log.entries))
+
+    def take(group: bytes) -> list[Receipt]:
+        answer = server.groups.take(Take(KEY, group, Selection([KEY]), 1, 1000, 1000, b"", "w"))
+        assert isinstance(answer, Future)
+        fold()
+        return [Receipt(job.id, job.attempt) for job in answer.result(0)]
+
+    for _ in range(3):
+        log.add((TOPICS[0], b"x", None))
+    server.fold(3)
+    taken = [take(b"first"), take(b"second")]
+    take(b"forgotten")
+    began_at, rows = server.position, copy_state(server.groups.copy_groups(), server.groups.now)
+    copied = [next(rows)]
+    for name, receipts in zip((b"first", b"second"), taken, strict=True):
+        server.groups.done(KEY, name, receipts)
+        fold()
+        take(name)
+    take(b"new")
+    server.groups._end((KEY, b"forgotten"), 0, "forget", server.groups._groups[KEY, b"forgotten"].changed_by)
+    fold()
+    copied += rows
+    late.groups.load_groups(load_state([b"\n".join(copied)], late.groups.now(), 0), began_at)
+    late.fold(len(log.entries))
+    assert sorted(late.view()) == sorted(server.view())
+    assert [group[1] for group in sorted(late.view())] == [b"first", b"new", b"second"]
 
 
 def test_all_requests_with_one_token_are_answered_if_there_are_no_jobs(log: Log) -> None:

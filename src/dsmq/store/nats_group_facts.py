@@ -6,7 +6,7 @@ import itertools
 import json
 import secrets
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,7 @@ class GroupFacts:
         self._pending: dict[str, Call] = {}
         self._own, self._numbers = secrets.token_hex(6), itertools.count(1)
         self.as_of = 0
-        """Facts up to this id are part of the state that was loaded."""
+        """Facts up to this id about groups that the loaded state does not contain had been applied to it."""
 
     def begin(self, source: MirrorStore) -> None:
         """Forget all groups, because the stream is mirrored from its start."""
@@ -66,11 +66,12 @@ class GroupFacts:
     def now(self) -> int:
         return self._source.now()
 
-    def copy_groups(self) -> list[SharedGroup]:
-        return list(self._groups.values())
+    def copy_groups(self) -> Iterator[SharedGroup]:
+        """Iterate over the groups that exist now, except those that are forgotten before they are reached."""
+        return filter(None, map(self._groups.get, list(self._groups)))
 
     def load_groups(self, groups: Iterable[SharedGroup], as_of: int) -> None:
-        """Begin with the state as of an id, instead of the state before the stream's first message."""
+        """Begin with the state as of an id or later, instead of the state before the stream's first message."""
         with self.lock:
             self._groups = {(group.key, group.name): group for group in groups}
             self.as_of = as_of
@@ -113,11 +114,12 @@ class GroupFacts:
     def apply(self, body: bytes, message_id: int, age_ms: int) -> None:
         """Apply a fact. Raises ValueError and others if it can't be read."""
         name, what, *names = json.loads(body)
-        if message_id <= self.as_of:
+        key, values = (as_bytes(names[0]), as_bytes(names[1])), names[2:]
+        group = self._groups.get(key)
+        if message_id <= (group.changed_by if group else self.as_of):
             # The fact is part of the loaded state, which does not contain its outcome.
             self._finish(name, _unsure())
             return
-        key, values = (as_bytes(names[0]), as_bytes(names[1])), names[2:]
         error: Exception | None = None
         try:
             self._apply(what, key, values, message_id, age_ms)

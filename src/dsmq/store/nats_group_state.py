@@ -3,13 +3,16 @@
 One of the servers writes it several times per max_age, in parts: messages that never expire. A last message with the
 parts' ids makes them valid. If two servers write at the same time, the second one's last message is refused, so no
 server deletes parts that are valid.
+
+Groups are copied one by one, and facts may be applied in between. So the state has the id as of which copying began,
+and each group has the id of its last fact.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +34,8 @@ _logger = logging.getLogger(__name__)
 
 
 async def write_state(stream: Stream, groups: NATSGroups, at: int) -> None:
-    """Write the state as of this id, which is that of the last message applied. Raises EngineError."""
-    rows = copy_state(groups.copy_groups(), groups.now())
+    """Write the state as of this id, which is that of the last message applied, or later. Raises EngineError."""
+    rows = copy_state(groups.copy_groups(), groups.now)
     before = await stream.find(last_by_subj=f"{stream.name}.facts.groups")
     if not (groups.count or before):
         return
@@ -80,31 +83,30 @@ def _parts(rows: Iterable[bytes], stream: Stream) -> Iterator[bytes]:
         yield b"\n".join(part)
 
 
-def copy_state(groups: Iterable[SharedGroup], now: int) -> Iterator[bytes]:
-    """Return rows with the state of this instant; they are encoded later, because there may be many."""
-    copied = []
+def copy_state(groups: Iterable[SharedGroup], clock: Callable[[], int]) -> Iterator[bytes]:
+    """Iterate over rows with the state of each group, copied when it is reached: together, they may be long."""
     for group in groups:
-        names = as_text(group.key), as_text(group.name)
+        now, names = clock(), (as_text(group.key), as_text(group.name))
         head = (*names, now - group.used_at, group.position, group.changed_by, astuple(group.counts))
         jobs = [(*_values(job, now), job.token, job.worker) for job in group.jobs.values()]
         numbers = [(topic, number) for topic, (number, _) in group.numbers.items()]
-        copied.append((head, numbers, list(group.done.items()), jobs))
-    return _encode(copied)
+        yield from _encode(head, numbers, list(group.done.items()), jobs)
 
 
 def _values(job: HeldJob, now: int) -> tuple[int, bytes, int, int, bool, int, int]:
     return job.id, job.topic, job.attempt, job.version, job.is_held, max(0, job.until - now), now - job.since
 
 
-def _encode(copied: Sequence[tuple[Any, ...]]) -> Iterator[bytes]:
-    for head, numbers, done, jobs in copied:
-        yield json.dumps(["group", head]).encode()
-        for topic, number in numbers:
-            yield json.dumps(["number", as_text(topic), number]).encode()
-        for at in range(0, len(done), _ROW_JOBS):
-            yield json.dumps(["done", done[at : at + _ROW_JOBS]]).encode()
-        for message_id, topic, *values, token, worker in jobs:
-            yield json.dumps(["job", message_id, as_text(topic), *values, as_text(token), worker]).encode()
+def _encode(
+    head: tuple[Any, ...], numbers: list[tuple[bytes, int]], done: list[tuple[int, int]], jobs: list[tuple[Any, ...]]
+) -> Iterator[bytes]:
+    yield json.dumps(["group", head]).encode()
+    for topic, number in numbers:
+        yield json.dumps(["number", as_text(topic), number]).encode()
+    for at in range(0, len(done), _ROW_JOBS):
+        yield json.dumps(["done", done[at : at + _ROW_JOBS]]).encode()
+    for message_id, topic, *values, token, worker in jobs:
+        yield json.dumps(["job", message_id, as_text(topic), *values, as_text(token), worker]).encode()
 
 
 def load_state(parts: Iterable[bytes], now: int, age_ms: int) -> Iterator[SharedGroup]:
