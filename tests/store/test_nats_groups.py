@@ -24,7 +24,7 @@ from dsmq.store.nats_room import FACTS_LEAVE
 from dsmq.store.selection import JobSelection, Selection
 from dsmq.store.sqlite import MirrorStore
 from helpers import SOON, reached, wait_until
-from store.test_nats import Stores, bodies, in_engine, put, read, stores, value
+from store.test_nats import MAX_AGE_MS, Stores, bodies, in_engine, put, read, stores, value
 
 __all__ = ["stores"]
 
@@ -536,6 +536,18 @@ def test_new_server_continues_without_the_facts_that_have_expired(stores: Stores
     done(other, held[2:])
     assert [job.id for job in take(other, count=20)] == ids[9:]
     await_same(one, other)
+
+
+def test_new_server_does_not_count_what_a_forgotten_group_had_counted(stores: Stores) -> None:
+    one = stores()
+    put(one, b"t", b"1")
+    done(one, take(one, lease_ms=1))
+    one.groups._groups[b"t", W].used_at -= MAX_AGE_MS + 1
+    wait_until(lambda: not one.groups.expire() and not one.groups.count)
+    assert one.groups.counts().done == 1
+    other = stores()
+    assert other.groups.count == 0
+    assert other.groups.counts() == GroupCounts()
 
 
 def test_state_is_written_in_parts(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:

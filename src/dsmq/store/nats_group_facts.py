@@ -8,6 +8,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ class GroupFacts:
     _groups: dict[Key, SharedGroup]
     _memory: int
     _base: GroupCounts
+    counts: Callable[[], GroupCounts]
     _forget: Callable[..., None]
     _count_memory: Callable[..., None]
     # The methods that change groups directly, without an engine.
@@ -57,8 +59,8 @@ class GroupFacts:
     def begin(self, source: MirrorStore) -> None:
         """Forget all groups, because the stream is mirrored from its start."""
         with self.lock:
-            for group in self._groups.values():
-                self._base.add(group.counts)
+            self._base = self.counts()
+            self._counted = replace(self._base)
             self._source, self._groups, self._memory, self.as_of = source, {}, 0, 0
         for name in list(self._pending):
             self._finish(name, _unsure())
@@ -82,6 +84,8 @@ class GroupFacts:
         """Count jobs from here on, because the mirror is complete."""
         dropped = self._source.dropped
         with self.lock:
+            # What groups forgotten since `begin` had counted is not new either.
+            self._base = self._counted
             for group in self._groups.values():
                 self._base.add(group.counts, -1)
                 # Each server counts dropped messages from its start.
