@@ -252,10 +252,21 @@ def test_page_escapes_hostile_names(browser: Browser, server: Server) -> None:
         expect(page).to_have_title("dsmq")
 
 
-def test_page_shows_control_and_bidi_characters(browser: Browser, mq: Client, server: Server) -> None:
-    mq.put("a\u202eb\u061c\nc", "x")
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a\u202eb\u061c\nc\u2028", r"a\u202eb\u061c\u000ac\u2028"),
+        ("\u200b\ufeff\u00ad", r"\u200b\ufeff\u00ad"),
+        ("\N{HEAVY BLACK HEART}\ufe0f\u200d", "\N{HEAVY BLACK HEART}\ufe0f\u200d"),
+    ],
+    ids=["control and bidi", "invisible", "emoji"],
+)
+def test_page_escapes_characters_that_hide_or_reorder_text(
+    name: str, shown: str, browser: Browser, mq: Client, server: Server
+) -> None:
+    mq.put(name, "x")
     with reading(browser, server) as page:
-        expect(page.locator("#topics tbody td").first).to_have_text(r"a\u202eb\u061c\u000ac")
+        expect(page.locator("#topics tbody td").first).to_have_text(shown)
 
 
 def test_page_never_shows_messages(browser: Browser, mq: Client, server: Server) -> None:
