@@ -37,6 +37,7 @@ PUTS_AT_ONCE = 500
 BYTES_AT_ONCE = 262_144
 # The size of a put in addition to its topic and message.
 _PUT_BYTES = 80
+_AGAIN = b"*7%b$5\r\nAGAIN\r\n"
 # If its messages take longer than this to arrive, a batch is sent incomplete.
 _LONG_BATCH_SECONDS = 0.1
 # How long a put is retried: well within the 600 seconds for which the server remembers it.
@@ -303,7 +304,7 @@ class Put(Call):
         self._is_sent = True
         if self.is_unsure:
             self._raise_if_forgotten(producer)
-            return _again(self._request)
+            return _AGAIN % self._request[2:]
         self._run, self._sent_at = producer.run, boot_time()
         self._request = producer.put(self._topic, self._body)
         return self._request
@@ -325,11 +326,6 @@ class Put(Call):
 
     def to_error(self, error: Exception) -> ConnectionLost:
         return ConnectionLost(reason(error), may_be_stored=self.is_unsure)
-
-
-def _again(request: bytes) -> bytes:
-    """Return a PUT to send again."""
-    return b"*7%b$5\r\nAGAIN\r\n" % request[2:]
 
 
 class Batch(Put):
@@ -364,7 +360,7 @@ class Batch(Put):
                 # If messages are lost, none after them may be stored.
                 self._many.lost = error
                 raise
-            return b"".join(map(_again, self._requests))
+            return b"".join([_AGAIN % request[2:] for request in self._requests])
         self._run, self._sent_at = producer.run, boot_time()
         self._requests = [producer.put(self._topic, body) for body in self._bodies]
         return b"".join(self._requests)
