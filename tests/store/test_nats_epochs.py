@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import operator
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dsmq.errors import Unsure
-from dsmq.store.api import Answer, Outcome, Put, RetriedKey
+from dsmq.store import nats_stream
+from dsmq.store.api import Answer, Limits, Outcome, Put, RetriedKey, TopicRule
 from dsmq.store.nats import NATSStore
 from dsmq.store.nats_api import EngineError
 from dsmq.store.nats_requests import Ack
+from engine import engine
 from helpers import SOON, wait_until
 from store.test_nats import Stores, bodies, in_engine, keyed, put, read, stores, value
 
@@ -117,6 +124,43 @@ def test_repeated_puts_of_several_servers_are_stored(stores: Stores) -> None:
     answers = [store.append([(b"t", body, key)]) for body, key, store in sent]
     assert all(isinstance(value(answer)[0], int) for answer in answers)
     assert sorted(bodies(read(made[0], b"t"))) == sorted(body for body, _, _ in sent)
+
+
+@pytest.mark.slow
+def test_stream_keeps_its_epoch_and_rules_when_an_old_node_restarts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that starts deletes all messages older than max_age, even those that never expire."""
+    monkeypatch.setattr(nats_stream, "_MIN_MARGIN_SECONDS", 1)
+    with engine(tmp_path, 1) as running, ExitStack() as stack:
+        [node], began = running.nodes, time.monotonic()
+        made = Stores(running.servers, stack)
+        store = made(6_000, Limits(topic=(TopicRule(b"t", max_messages=3),)))
+        epoch, limits = store.epoch, store.limits
+        put(store, b"t", b"1")
+        wait_until(lambda: time.monotonic() - began > 8)
+        node.stop()
+        node.start()
+        [outcome] = value(store.append([(b"t", b"2", RetriedKey(b"p", 1, store.run))]))
+        assert isinstance(outcome, int)
+        late = made(6_000)
+        assert (store.epoch, late.epoch) == (epoch, epoch)
+        assert late.limits.topic == limits.topic
+        assert not made.reasons
+
+
+def test_messages_that_the_stream_needs_are_renewed(stores: Stores) -> None:
+    servers = stores(100, Limits(topic=(TopicRule(b"t", max_messages=3),))), stores(100)
+    subjects = [f"{stores.stream}.{part}" for part in ("genesis", "facts.rules")]
+
+    async def last_ids(stream: Any) -> list[int]:
+        return [(await stream.get_last_msg(stores.stream, subject)).seq for subject in subjects]
+
+    before = in_engine(stores.servers, last_ids)
+    wait_until(lambda: all(map(operator.gt, in_engine(stores.servers, last_ids), before)))
+    again: Put = b"t", b"x", RetriedKey(b"p", 1, servers[0].run)
+    assert [isinstance(value(one.append([again]))[0], int) for one in servers] == [True, True]
+    assert servers[0].epoch == servers[1].epoch
 
 
 def test_epoch_that_has_lost_its_messages_has_no_mark(stores: Stores) -> None:

@@ -7,6 +7,10 @@ from dsmq.errors import DSMQError
 # The header of a message to which max_age does not apply.
 NEVER_EXPIRES = {"Nats-TTL": "never"}
 
+# The header that makes the engine refuse a message (WRONG_SEQUENCE) unless the last one with its subject, or with the
+# subject in <header>-Subject, has this id; 0: unless there is none.
+EXPECTED_LAST_ID = "Nats-Expected-Last-Subject-Sequence"
+
 STREAM_NOT_FOUND, MESSAGE_NOT_FOUND, WRONG_SEQUENCE = 10059, 10037, 10071
 NO_RESPONDERS = 503
 NOT_ENABLED, NOT_CLUSTERED = (10039, 10035), 10074

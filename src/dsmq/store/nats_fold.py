@@ -128,6 +128,8 @@ class Fold:
         return None
 
     def _apply_rules(self, fact: bytes, age_ms: int) -> Iterator[int]:
+        if fact == self._rules.fact:
+            return
         yield from self._rules.apply(self.store, fact, age_ms)
         if self.ready:
             self._stream.adopt(fact)

@@ -17,7 +17,7 @@ from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 from dsmq.store.group import GroupCounts, HeldJob
-from dsmq.store.nats_api import NEVER_EXPIRES, WRONG_SEQUENCE, EngineError
+from dsmq.store.nats_api import EXPECTED_LAST_ID, NEVER_EXPIRES, WRONG_SEQUENCE, EngineError
 from dsmq.store.nats_group_plan import SharedGroup, as_bytes, as_text
 from dsmq.store.selection import JobSelection
 
@@ -40,7 +40,7 @@ async def write_state(stream: Stream, groups: NATSGroups, at: int) -> None:
     if not (groups.count or before):
         return
     ids = [await stream.publish(f"{stream.name}.facts.state", part, NEVER_EXPIRES) for part in _parts(rows, stream)]
-    expected = {"Nats-Expected-Last-Subject-Sequence": str(before.id if before else 0)}
+    expected = {EXPECTED_LAST_ID: str(before.id if before else 0)}
     body = json.dumps({"at": at, "parts": ids}).encode()
     try:
         valid = await stream.publish(

@@ -274,6 +274,7 @@ class Mirror(Fold):
             try:
                 await self._stream.write_facts(at, numbers)
                 await write_state(self._stream, self.groups, self.store.last_id())
+                await self._stream.renew_rules()
             except EngineError as error:
                 _logger.warning("the topics' numbers could not be written to the stream: %s", error)
 

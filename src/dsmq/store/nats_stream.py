@@ -3,14 +3,14 @@
 Subjects, if the stream is called `dsmq`:
 
     dsmq.t.<topic>      a message; the topic is percent-encoded
-    dsmq.genesis        the epoch: the first message of a stream, which never expires
-    dsmq.facts.epoch-<epoch>
-                        the mark of an epoch, which never expires: puts that may be stored are repeated only with it
+    dsmq.genesis        the epoch
+    dsmq.facts.epoch-<epoch>-<...>
+                        a server's mark of an epoch: puts that may be stored are repeated only with it
     dsmq.facts.<part>   the numbers of the topics' last messages as of an id, for servers that start later
     dsmq.facts.purge    names and patterns of topics: mirrors delete all messages before this one
     dsmq.facts.jobs     changes to groups of workers, which mirrors make only if they still apply
     dsmq.facts.groups   the state of all groups: as of which id, and the ids of its parts (dsmq.facts.state)
-    dsmq.facts.rules    the rules for topics from here on; the last one never expires
+    dsmq.facts.rules    the rules for topics from here on
 
 This module uses the official client; see `nats_connection` for the requests that must be fast.
 """
@@ -39,6 +39,7 @@ from nats.errors import NoRespondersError
 from dsmq.errors import StartupError
 from dsmq.store.api import Limits
 from dsmq.store.nats_api import (
+    EXPECTED_LAST_ID,
     FULL,
     MESSAGE_NOT_FOUND,
     NEVER_EXPIRES,
@@ -116,7 +117,7 @@ class Stream:
         self._servers: list[Server] = []
         self._new_client: Callable[[Sequence[Server]], Coroutine[None, None, Client]]
         self._connecting = asyncio.Lock()
-        self._replicas, self._max_age_ms, self._max_bytes = replicas, 0, 0
+        self._replicas, self.max_age_ms, self._max_bytes = replicas, 0, 0
         self.rules: bytes | None = None
         """The last known rules for topics; None if the stream may have others."""
         self.is_configured = False
@@ -126,7 +127,7 @@ class Stream:
 
     def configure(self, max_age_ms: int, max_bytes: int) -> None:
         """Set the values with which `open` configures the stream. Thread-safe."""
-        self._max_age_ms, self._max_bytes = max_age_ms, max_bytes if max_bytes < sys.maxsize else -1
+        self.max_age_ms, self._max_bytes = max_age_ms, max_bytes if max_bytes < sys.maxsize else -1
         self.is_configured = False
 
     async def connect(self, servers: Sequence[Server], credentials: Credentials, tls: SSLContext | None) -> None:
@@ -207,7 +208,7 @@ class Stream:
             rules = Rules(decode_rules(self.rules or NO_RULES, Limits()))
         except ValueError as error:
             raise StartupError(f"the rules for topics in the stream {self.name} can't be read: {error}") from error
-        max_age_ms = max(self._max_age_ms, *rules.ages, 0)
+        max_age_ms = max(self.max_age_ms, *rules.ages, 0)
         margin = max(_MIN_MARGIN_SECONDS * 1000, round(max_age_ms * _MARGIN))
         return {
             "name": self.name,
@@ -219,7 +220,7 @@ class Stream:
             "max_age": (max_age_ms + margin) * 1_000_000,
             # The stream keeps dropped messages until they expire.
             "max_bytes": -1 if rules.drop else self._max_bytes,
-            "duplicate_window": min(DEDUPLICATION_SECONDS * 1000, self._max_age_ms) * 1_000_000,
+            "duplicate_window": min(DEDUPLICATION_SECONDS * 1000, self.max_age_ms) * 1_000_000,
             "allow_atomic": True,
             "allow_msg_ttl": True,
             "allow_rollup_hdrs": True,
@@ -229,8 +230,8 @@ class Stream:
     async def state(self) -> StreamState:
         """Return the state of the stream. Gives it an epoch if it has none."""
         info = await self._info()
-        epoch = await self.epochs.current()
         now, kept_ms = _milliseconds(info["ts"]), info["config"]["max_age"] / 1_000_000
+        epoch = await self.epochs.current(now)
         is_whole = now - _milliseconds(info["created"]) < kept_ms
         return StreamState(info["state"]["last_seq"], epoch, now, math.inf if is_whole else kept_ms)
 
@@ -320,6 +321,12 @@ class Stream:
                 body = json.dumps({"at": at, "numbers": part}).encode()
                 await self.publish(f"{self.name}.facts.{number}", body, {"Nats-Rollup": "sub", **NEVER_EXPIRES})
 
+    async def renew_rules(self) -> None:
+        """Write the last rules again, which changes nothing."""
+        # Another server may have written others.
+        with suppress(EngineError):
+            await self.renew(f"{self.name}.facts.rules", {})
+
     async def write_rules(self, fact: bytes) -> int:
         """Add rules for topics to the stream; return their id. Earlier rules stay, for the messages in between."""
         # Configure the stream first: it may be full, and these rules may make room.
@@ -344,6 +351,11 @@ class Stream:
             raise EngineError(f"a message of {len(body)} bytes is longer than the engine accepts (max_payload)")
         return int(_parse(await self._ask(subject, body, API_SECONDS, headers))["seq"])
 
+    async def renew(self, subject: str, headers: dict[str, str]) -> None:
+        """Publish the last message with a subject again, unless another server does: see `nats_epochs`."""
+        if (last := await self.find(last_by_subj=subject)) is not None:
+            await self.publish(subject, last.body, {EXPECTED_LAST_ID: str(last.id), **headers})
+
     async def last_of(self, subject: str) -> bytes | None:
         found = await self.find(last_by_subj=subject)
         return found and found.body
@@ -357,6 +369,11 @@ class Stream:
                 return None
             raise
         return StoredMessage(found["seq"], _milliseconds(found["time"]), base64.b64decode(found.get("data", "")))
+
+    async def subjects(self, pattern: str) -> list[str]:
+        """Return the subjects of messages that match a pattern."""
+        body = {"subjects_filter": f"{self.name}.{pattern}"}
+        return list((await self._request(f"STREAM.INFO.{self.name}", body))["state"].get("subjects") or ())
 
     async def purge(self, subject: str, below: int = 0) -> None:
         """Delete the messages with a subject: all, or those with ids below one."""
