@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,7 @@ from conftest import (
 )
 from dsmq import settings as config
 from dsmq.broker import commands, reads
+from dsmq.broker.usage import FREE_BYTES
 from dsmq.errors import StartupError, StoreFailed, WrongEpoch
 from dsmq.server import Server
 from dsmq.store.api import Message
@@ -333,6 +335,44 @@ def test_defect_in_command_closes_that_connection_only(caplog: pytest.LogCapture
         assert wire.call("PUT", "t", "x") == 2
         assert server.status.counters().failures == 1
     assert "ZeroDivisionError" in caplog.text
+
+
+class GreedyStore(SQLiteStore):
+    """Runs out of memory when it reads messages."""
+
+    def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> list[Message]:
+        raise MemoryError
+
+
+def test_request_without_memory_gets_full_and_is_no_defect(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(GreedyStore(600_000)) as server, wire_to(server) as wire, wire_to(server) as victim:
+        assert victim.error("READ", "t", "0") == "FULL"
+        assert victim.ended()
+        assert wire.call("PUT", "t", "x") == 1
+        assert server.status.counters().failures == 0
+    assert "dropped: out of memory" in caplog.text
+
+
+class ScarceSocket:
+    """A socket of a process that has no memory left for more than a few KiB."""
+
+    def __init__(self, sock: Any) -> None:
+        self._socket = sock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+    def recv(self, size: int) -> bytes:
+        if size > FREE_BYTES:
+            raise MemoryError
+        return self._socket.recv(size)  # type: ignore[no-any-return]
+
+
+def test_requests_arrive_even_if_there_is_no_memory_for_a_long_one(server: Server, wire: Wire) -> None:
+    assert wire.call("PING") == "PONG"
+    (connection,) = loop_of(server).connections
+    connection.transport.socket = ScarceSocket(connection.transport.socket)  # type: ignore[assignment]
+    assert wire.call("PUT", "t", "x" * 10_000) == 1
 
 
 def test_defect_during_wait_gives_one_error_reply() -> None:

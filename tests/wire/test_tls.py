@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import trustme
@@ -68,6 +69,14 @@ def test_tls_error_names_address_and_remedy(connect: Connect, files: Files, serv
         # The asyncio client may be refused before it has read the reason.
         assert re.search("requires a certificate|Broken pipe", error_of(one.port, ca_file=files.ca))
     assert "does the server speak TLS?" in error_of(server.port, tls=True)
+
+
+def test_tls_connection_ends_if_decrypted_bytes_may_be_lost() -> None:
+    sock = Mock(ssl.SSLSocket, session_reused=False)
+    sock.recv.side_effect = [b"*1", MemoryError]
+    sock.pending.return_value = 1
+    with pytest.raises(ConnectionAbortedError, match="out of memory"):
+        tls.TLSSocket(sock).recv(2)
 
 
 @CONNECTS

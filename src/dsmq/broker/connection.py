@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from concurrent.futures import Future
 from contextlib import suppress
@@ -19,7 +20,7 @@ from dsmq.broker.requests import Requests
 from dsmq.broker.states import CLOSED, FINISHING, HANDSHAKE, LINGERING, NO_ROOM, OPEN, WAITING
 from dsmq.broker.transport import LINGER_SECONDS_AT_STOP, Stream, Transport
 from dsmq.broker.usage import RECEIVE_BYTES, Budget
-from dsmq.errors import AuthRequired, InternalError, ReplyError, ShuttingDown
+from dsmq.errors import AuthRequired, Full, InternalError, ReplyError, ShuttingDown
 from dsmq.wire.limits import MAX_ARGUMENTS, MAX_NAMES, REQUEST_OVERHEAD_BYTES
 from dsmq.wire.resp import encode_error
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from dsmq.store.selection import Selection
 
 _DEFECT = InternalError("see the server's log")
+_NO_MEMORY = Full("the server is full: out of memory")
 
 _logger = logging.getLogger(__name__)
 
@@ -272,15 +274,20 @@ class Connection:
         _logger.info("%r: %s %s", self, error.code, error, extra=self.event("rejected", code=error.code))
 
     def on_failure(self, *, in_request: bool = False) -> None:
-        """Close only this connection because of a bug; if it occurred in a request, reply to that first."""
-        _logger.exception("%r: dropped because of a bug", self, extra=self.event("defect"))
-        self.counters.failures += 1
+        """Close only this connection because of the exception being handled; if it is from a request, reply first."""
+        error: ReplyError = _DEFECT
+        if sys.exc_info()[0] is MemoryError:
+            error = _NO_MEMORY
+            _logger.error("%r: dropped: out of memory", self, extra=self.event("dropped"))
+        else:
+            _logger.exception("%r: dropped because of a bug", self, extra=self.event("defect"))
+            self.counters.failures += 1
         self.reads.end()
         if in_request and self.commit_puts():
-            self.fail(_DEFECT)
+            self.fail(error)
             self.finish()
         else:
-            self.close_with_error(_DEFECT)
+            self.close_with_error(error)
 
     def close_with_error(self, error: ReplyError) -> None:
         """Close immediately. A client that requested notices gets the error, unless another reply is due first."""

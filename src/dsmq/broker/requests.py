@@ -103,7 +103,11 @@ class Requests:
                 return
         try:
             is_scarce = self.budget.is_crowded or not loop.slice_seconds
-            data = transport.socket.recv(self._scarce_bytes() if is_scarce else self.max_receive)
+            size = self._scarce_bytes() if is_scarce else self.max_receive
+            try:
+                data = transport.socket.recv(size)
+            except MemoryError:
+                data = transport.socket.recv(FREE_BYTES)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:

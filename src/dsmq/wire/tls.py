@@ -207,6 +207,9 @@ class TLSSocket:
         except ssl.SSLWantWriteError:
             # TLS has to send something before it can continue reading, but the peer does not read.
             raise ConnectionAbortedError("TLS: the peer does not read") from None
+        except MemoryError:
+            # Decrypted bytes may be lost, so what follows must not be used.
+            raise ConnectionAbortedError("TLS: out of memory") from None
         except ssl.SSLError as error:
             raise ConnectionAbortedError(f"TLS: {reason(error)}") from None
 
