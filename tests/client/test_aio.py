@@ -245,7 +245,8 @@ def test_shutdown_server(server: Server) -> None:
 
 def test_cancelled_shutdown_does_not_end_another(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
-        # The server is not run by `run`, so that it leaves the connection open.
+        # Leave the connection open.
+        server.context.request_stop = lambda _: None
         shared = mq._here().shared
         one, other = (asyncio.create_task(mq.shutdown_server()) for _ in range(2))
         while not shared._connection.has_answered or shared._connection.due:

@@ -122,8 +122,7 @@ class Stream:
         """The last known rules for topics; None if the stream may have others."""
         self.is_configured = False
         """Whether the stream has the current configuration."""
-        self.epochs = Epochs(self)
-        self.room = Room()
+        self.epochs, self.room = Epochs(self), Room()
 
     def configure(self, max_age_ms: int, max_bytes: int) -> None:
         """Set the values with which `open` configures the stream. Thread-safe."""
