@@ -231,6 +231,7 @@ READ_ONLY = """
 import sys
 from pathlib import Path
 from dsmq.store import snapshot_file
+from dsmq.store.schema import INSERT_ROW
 from dsmq.store.snapshots import Snapshotter
 from dsmq.store.sqlite import SQLiteStore
 
@@ -243,8 +244,8 @@ for folder in map(Path, ("/tmp", "/var/tmp", ".")):
 snapshot_file._PRAGMAS = (*snapshot_file._PRAGMAS, "cache_size = -100")
 store = SQLiteStore(600_000)
 store.append([(b"t", b"x", None)])
-rows = ((number, 1, 1, 1, bytes(16), b"x") for number in range(2, 200_000))
-store._database.connection.executemany("INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?)", rows)
+rows = ((number, 1, 1, 1, 1, bytes(8), b"x") for number in range(2, 200_000))
+store._database.connection.executemany(INSERT_ROW, rows)
 store._last_id = 200_000
 store._buffer.clear(200_000, 1)
 snapshotter = Snapshotter(store, sys.argv[1] + "/snapshot")
