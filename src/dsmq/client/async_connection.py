@@ -259,8 +259,7 @@ async def _connect(core: Core, endpoint: Endpoint) -> tuple[Connection, State]:
             await hello.future
             state, era = core.session.handle_hello(hello.call.reply)
     except BaseException as error:
-        is_silent = connection is None or not connection.received
-        core.silent_addresses += is_silent and isinstance(error, OSError)
+        core.count_silence(error, b"" if connection is None else connection.received)
         if connection is not None:
             connection.fail(ConnectionResetError("not a usable connection"))
         if isinstance(error, TimeoutError) and not str(error):

@@ -142,6 +142,10 @@ class Core:
         if endpoint is self.endpoint and len(self.endpoints) > 1:
             self.endpoint = self.endpoints[(self.endpoints.index(endpoint) + 1) % len(self.endpoints)]
 
+    def count_silence(self, error: BaseException, received: bytes) -> None:
+        """Count a failed attempt to connect if nothing was received."""
+        self.silent_addresses += isinstance(error, OSError) and not received
+
     def choose(self) -> bool:
         """If all servers share a store, choose a random one after the first connection; return whether it is different.
 

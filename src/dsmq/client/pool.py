@@ -116,8 +116,7 @@ class Pool:
             self._refs.add(weakref.ref(connection, self._refs.discard))
             core.raise_if_closed()
         except BaseException as error:
-            is_silent = connection is None or not connection.received
-            core.silent_addresses += is_silent and isinstance(error, OSError)
+            core.count_silence(error, b"" if connection is None else connection.received)
             if connection is not None:
                 connection.close()
                 if isinstance(error, ReplyError | OSError):

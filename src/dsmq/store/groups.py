@@ -154,12 +154,11 @@ class Groups(GroupFigures, GroupSnapshots):
             found = self._source.read(group.key, 0, 1, 1)
             group.count_until(group.key, found[0].number - 1 if found else last, dropped)
 
-    def _is_unused(self, group: Group, now: int) -> bool:
-        """Count deleted messages; return whether to forget a group, because all messages given have expired.
+    def _is_unused(self, group: Group, now: int, *, is_waiting: bool) -> bool:
+        """Return whether to forget a group, because all messages given have expired.
 
         While others wait, it is remembered for twice as long, to count those that expire.
         """
-        is_waiting = self._count_deleted(group)
         longest = self._source.longest_age_ms() * (2 if is_waiting else 1)
         return group.next_due is None and now - group.used_at > longest
 
@@ -354,7 +353,7 @@ class Groups(GroupFigures, GroupSnapshots):
                 self._count_memory(group)
                 due = group.next_due
                 is_done = is_done and not group.failed and (due is None or due > now)
-                if self._is_unused(group, now):
+                if self._is_unused(group, now, is_waiting=self._count_deleted(group)):
                     self._forget(key, group)
         if moved:
             self.on_messages(moved)

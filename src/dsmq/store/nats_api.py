@@ -10,6 +10,8 @@ NEVER_EXPIRES = {"Nats-TTL": "never"}
 # The header that makes the engine refuse a message (WRONG_SEQUENCE) unless the last one with its subject, or with the
 # subject in <header>-Subject, has this id; 0: unless there is none.
 EXPECTED_LAST_ID = "Nats-Expected-Last-Subject-Sequence"
+# How many times per max_age servers publish again what a stream always needs: see `nats_epochs`.
+RENEWALS_PER_MAX_AGE = 4
 
 STREAM_NOT_FOUND, MESSAGE_NOT_FOUND, WRONG_SEQUENCE = 10059, 10037, 10071
 NO_RESPONDERS = 503

@@ -15,22 +15,19 @@ import secrets
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from dsmq.store.nats_api import EXPECTED_LAST_ID, NEVER_EXPIRES, EngineError
+from dsmq.store.nats_api import EXPECTED_LAST_ID, NEVER_EXPIRES, RENEWALS_PER_MAX_AGE, EngineError
 from dsmq.system import boot_time
 
 if TYPE_CHECKING:
     from dsmq.store.nats_stream import StoredMessage, Stream
-
-# How many times per max_age messages are published again.
-RENEWALS_PER_MAX_AGE = 4
 
 
 class _Mark(NamedTuple):
     epoch: str
     subject: str
     id: int
-    expires: float
-    """When to replace it, by `boot_time`. Puts may be repeated on condition of the old one for a while."""
+    renew_at: float
+    """By `boot_time`. Puts may be repeated on condition of the old one for a while."""
 
 
 class Epochs:
@@ -56,10 +53,10 @@ class Epochs:
         with suppress(EngineError):
             if now_ms - genesis.put_ms > interval_ms:
                 await self._stream.renew(self._genesis, {"Nats-Rollup": "sub", **NEVER_EXPIRES})
-            elif self._mark.epoch != epoch or boot_time() > self._mark.expires:
-                subject, expires = f"{self._marks(epoch)}-{secrets.token_hex(4)}", boot_time() + interval_ms / 1000
-                only_in_epoch = {EXPECTED_LAST_ID: str(genesis.id), f"{EXPECTED_LAST_ID}-Subject": self._genesis}
-                self._mark = _Mark(epoch, subject, await self._stream.publish(subject, b"", only_in_epoch), expires)
+            elif self._mark.epoch != epoch or boot_time() > self._mark.renew_at:
+                subject, renew_at = f"{self._marks(epoch)}-{secrets.token_hex(4)}", boot_time() + interval_ms / 1000
+                mark_id = await self._stream.publish(subject, b"", _only_after(self._genesis, genesis.id))
+                self._mark = _Mark(epoch, subject, mark_id, renew_at)
         return epoch
 
     async def _begin(self) -> StoredMessage:
@@ -87,5 +84,9 @@ class Epochs:
             return []
         # There is no mark with just the epoch of another one, so any id will do.
         subject = mark.subject if epoch == mark.epoch else self._marks(epoch)
-        headers = {EXPECTED_LAST_ID: str(mark.id), f"{EXPECTED_LAST_ID}-Subject": subject}
-        return [(name.encode(), value.encode()) for name, value in headers.items()]
+        return [(name.encode(), value.encode()) for name, value in _only_after(subject, mark.id).items()]
+
+
+def _only_after(subject: str, message_id: int) -> dict[str, str]:
+    """Return headers with which the engine refuses a message unless this one is the last with its subject."""
+    return {EXPECTED_LAST_ID: str(message_id), f"{EXPECTED_LAST_ID}-Subject": subject}

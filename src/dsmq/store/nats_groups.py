@@ -135,7 +135,7 @@ class NATSGroups(GroupFacts, Groups):
                 due = group.next_due
                 is_done = is_done and (due is None or due > now)
                 failed = self._failed(key, group)
-                is_unused = self._is_unused(group, now)
+                is_unused = self._is_unused(group, now, is_waiting=self._count_deleted(group))
             if is_unused:
                 self._end(key, 0, "forget", group.changed_by)
             for job in failed:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from dsmq.errors import StartupError
 from dsmq.logs import event
-from dsmq.store.nats_api import NO_RESPONDERS, STREAM_NOT_FOUND, EngineError
+from dsmq.store.nats_api import NO_RESPONDERS, RENEWALS_PER_MAX_AGE, STREAM_NOT_FOUND, EngineError
 from dsmq.store.nats_connection import NATSConnection, Received, encode_publish
 from dsmq.store.nats_fold import Delivery, Fold
 from dsmq.store.nats_group_state import read_state, write_state
@@ -38,8 +38,6 @@ CLOSE_SECONDS = 2.0
 FIRST_CREATE_SECONDS, CREATE_SECONDS = 0.5, 1.0
 # Messages count as lost once this many checks in a row find the stream behind the mirror; one answer may be stale.
 MAX_BEHIND = 3
-# The topics' numbers are written to the stream this many times per max_age, by any one of the servers.
-FACTS_PER_MAX_AGE = 4
 _FLOW_CONTROL = 100
 # An unknown number of pending messages: higher than any real one.
 _UNKNOWN = 1 << 62
@@ -267,7 +265,7 @@ class Mirror(Fold):
             raise EngineError(self._lost)
 
     async def _write_facts(self) -> None:
-        interval = self.store.max_age_ms / 1000 / FACTS_PER_MAX_AGE
+        interval = self.store.max_age_ms / 1000 / RENEWALS_PER_MAX_AGE
         if self.ready and time.monotonic() - self._facts_at > interval:
             self._facts_at = time.monotonic()
             at, numbers = self.store.all_numbers()
